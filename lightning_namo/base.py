@@ -1,0 +1,522 @@
+"""The base of the optimizers and their only `step`.
+
+Momentum, one sum of statistics over the ranks, orthogonalization shared out by the exchange, scaled update. Nothing
+here asks which parallel strategy runs: a parameter's `Layout` says how its local shard lies.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from lightning_namo import rules
+from lightning_namo.adamw import AdamWStep, adamw_state
+from lightning_namo.checkpoint import restore_statistics
+from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange, Matrix
+from lightning_namo.orthogonalize import newton_schulz_flops, newton_schulz_polynomials, orthogonalize
+from lightning_namo.param_groups import ParameterGroups
+from lightning_namo.regions import Layout, Region, local_gradient, local_tensor, region_of
+
+Params: TypeAlias = Iterable[Any] | ParameterGroups
+
+
+@dataclass(eq=False)
+class Entry:
+    """One parameter of a matrix group, and how it lies."""
+
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    layout: Layout
+
+
+@dataclass(eq=False)
+class _Family:
+    """Parameters of one group whose statistics have one shape: their step sizes are computed together."""
+
+    group: dict[str, Any]
+    indices: list[int]  # of entries
+    shape: tuple[int, ...]  # of one parameter's statistic
+    factors: Tensor  # shape factors, broadcasting against (len(indices), *shape)
+    holders: Tensor  # how many ranks hold a part of each, (len(indices),)
+
+
+@dataclass(eq=False)
+class Update:
+    """What the weight of one parameter is multiplied by (factor), and its direction (size); ok: neither is idle."""
+
+    ok: Tensor
+    size: Tensor
+    factor: Tensor
+
+
+class OrthogonalizedOptimizer(Optimizer):
+    """Base of the optimizers that orthogonalize momentum; holds the only `step`.
+
+    Parameter groups with ``orthogonalize=False`` are AdamW's. The others hold matrices: parameters of two or more
+    dimensions, flattened from dimension 1, with output features as rows unless the group says ``transposed=True``,
+    stacked by rows if it says ``blocks=k`` or ``blocks=[rows, ...]``. Any hyper-parameter can be set by group.
+
+    State of a matrix: ``momentum_buffer`` like the parameter; ``step``; ``skipped``, the number of steps that left it
+    alone because its gradient was not finite or came on some ranks only; and what the subclass adds. Statistics are
+    float32, or float64 for float64 parameters.
+
+    Args:
+        params: What `split_parameters` returns, or torch's usual iterables and groups.
+        matrix_defaults: Hyper-parameters of matrix groups.
+        adamw_defaults: Hyper-parameters of AdamW groups: lr, weight_decay, momentum (beta1), beta2, eps.
+
+    Raises:
+        ValueError: For hyper-parameters out of range, parameters that are no matrices, or no matrix at all.
+    """
+
+    per_column: ClassVar[bool] = False  # whether statistics are kept by column
+    adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES
+
+    def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
+        self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
+        self._adamw_defaults = adamw_defaults
+        self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
+        self._regions: dict[Tensor, tuple[tuple[int, ...], Region]] = {}
+        self._module: Callable[[], torch.nn.Module | None] = _no_module
+        self._planned: tuple[list[Entry], list[_Family], Exchange] | None = None
+        if isinstance(params, ParameterGroups):
+            self._templates = {p: (params.names[p], keys) for p, keys in params.templates.items()}
+            self._regions = {**params.regions}
+            self._module = params.module
+        shared = {key: matrix_defaults[key] for key in ("lr", "weight_decay", "momentum")}
+        super().__init__(cast(Any, params), shared)
+        if not any(group["orthogonalize"] for group in self.param_groups):
+            raise ValueError(
+                f"Expected at least one matrix to orthogonalize but no parameter group of {type(self).__name__} has "
+                "one. Use torch.optim.AdamW, or see how split_parameters(module) routes the parameters."
+            )
+
+    # ------------------------------------------------------------------ parameter groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one without ``orthogonalize`` is routed as `split_parameters` routed its parameters.
+
+        Args:
+            param_group: As torch's; ``orthogonalize=False`` for AdamW, ``name`` for curves.
+
+        Raises:
+            ValueError: For hyper-parameters out of range or parameters that are no matrices; nothing is added then.
+        """
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        bare = [p[1] if isinstance(p, tuple) else p for p in params]
+        if "orthogonalize" not in param_group and bare and all(p in self._templates for p in bare):
+            for group in self._routed(bare, param_group):
+                self.add_param_group(group)
+            return
+        is_matrix = bool(param_group.get("orthogonalize", True))
+        group = {
+            **(self._matrix_defaults if is_matrix else self._adamw_defaults),
+            **param_group,
+            "params": params,
+            "orthogonalize": is_matrix,
+        }
+        if not is_matrix and "betas" in group:  # torch's AdamW name for the two
+            group["momentum"], group["beta2"] = group.pop("betas")
+        taken = {other["name"] for other in self.param_groups}
+        name = group.get("name", "matrices" if is_matrix else "adamw")
+        group["name"] = next(n for n in (name, *(f"{name}_{k}" for k in range(2, 10**6))) if n not in taken)
+        _validate_adamw(group) if not is_matrix else self._validate(group)
+        for index, parameter in enumerate(bare):
+            label = params[index][0] if isinstance(params[index], tuple) else f"parameter {index}"
+            if is_matrix:
+                self._layout(label, parameter, group)
+        super().add_param_group(group)
+        for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
+        self._planned = None
+
+    def _routed(self, params: list[Tensor], group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Split a group of mixed parameters by the routing that the optimizer was built with."""
+        named = bool(self.param_groups) and "param_names" in self.param_groups[0]
+        routed: dict[str, dict[str, Any]] = {}
+        for parameter in params:
+            label, template = self._templates[parameter]
+            target = routed.setdefault(template["name"], {**group, **template, "params": []})
+            target["params"].append((label, parameter) if named else parameter)
+        for target in routed.values():
+            if not target["orthogonalize"] and "lr" in group and self._matrix_defaults["lr"]:
+                target["lr"] = group["lr"] * self._adamw_defaults["lr"] / self._matrix_defaults["lr"]
+        return list(routed.values())
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Raise for hyper-parameters of a matrix group that are out of range."""
+        name = type(self).__name__
+        check(group["lr"] >= 0, name, "lr", ">= 0", group["lr"])
+        check(group["weight_decay"] >= 0, name, "weight_decay", ">= 0", group["weight_decay"])
+        check(0 <= group["momentum"] < 1, name, "momentum", "in [0, 1)", group["momentum"])
+        methods = ("newton_schulz", "svd")
+        check(
+            group["orthogonalizer"] in methods,
+            name,
+            "orthogonalizer",
+            f"one of {methods}",
+            group["orthogonalizer"],
+        )
+        scale = group["shape_scale"]
+        check(scale is None or scale > 0, name, "shape_scale", "> 0 or None", scale)
+        newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
+        if not isinstance(group["ns_coefficients"], str):  # plain containers only: groups go into checkpoints
+            polynomials = newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
+            group["ns_coefficients"] = [list(triple) for triple in polynomials]
+
+    def _layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Layout:
+        """How a parameter's shard lies; raises if it is no real matrix or its blocks do not fit."""
+        shape, region = self._regions.get(parameter) or region_of(parameter, name)
+        if len(shape) < 2:
+            raise ValueError(
+                f"Expected matrices (at least 2 dimensions) to orthogonalize but {name} has shape {shape}. Split the "
+                "parameters with split_parameters(module), or put it into a group with orthogonalize=False (AdamW)."
+            )
+        if parameter.is_complex():
+            raise ValueError(f"Expected real matrices but {name} is {parameter.dtype}. Route it to AdamW (adamw=...).")
+        layout = Layout.of(shape, region, transposed=group["transposed"], blocks=group["blocks"], name=name)
+        if local_tensor(parameter).numel() != region.numel:
+            raise ValueError(
+                f"Expected {name} to hold {region.numel} of its {shape} elements here but it holds "
+                f"{local_tensor(parameter).numel()}. Build the optimizer after the model is wrapped and sharded."
+            )
+        return layout
+
+    # ------------------------------------------------------------------ state
+
+    def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if not group["orthogonalize"]:
+            return adamw_state(parameter)
+        dtype = statistics_dtype(parameter)
+        return {
+            "momentum_buffer": torch.zeros_like(parameter),
+            "step": torch.zeros((), dtype=dtype, device=parameter.device),
+            "skipped": torch.zeros((), dtype=dtype, device=parameter.device),
+            **self._extra_state(parameter, self._layout("a parameter", parameter, group), dtype),
+        }
+
+    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a subclass keeps besides momentum."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but statistics stay float32: torch casts all state to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        restore_statistics(self, state_dict)
+        self._planned = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._module, self._planned = _no_module, None
+
+    def skipped_steps(self) -> int:
+        """How often a matrix was left alone for a gradient not finite, summed over matrices (reads the device)."""
+        counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
+        return int(torch.stack([count.float() for count in counts]).sum().item())
+
+    # ------------------------------------------------------------------ step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step, without reading the device.
+
+        Args:
+            closure: Re-evaluates the model and returns the loss; run with gradients enabled.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: If a gradient is sparse, or the ranks hold different parameters.
+            RuntimeError: If the parameters are no longer the module's (an optimizer built before FSDP2 sharding).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        entries, families, exchange = self._plan()
+        grads = [local_gradient(entry.name, entry.parameter) for entry in entries]
+        present = [i for i, grad in enumerate(grads) if grad is not None]
+        indices = list(range(len(entries))) if exchange.shared else present
+        adamw = AdamWStep(self.param_groups, self.state)
+
+        updates, not_finite = self._updates(entries, families, exchange, grads, indices, adamw)
+        for bucket in exchange.map(
+            indices, lambda i: self._direction(entries[i], grads[i], updates[i].ok), self._work(entries)
+        ):
+            self._finish(entries, exchange, bucket, updates)
+        adamw.run(not_finite)
+        return loss
+
+    def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
+        """Layouts, families and exchange: built at the first step, and again when a group was added."""
+        if self._planned is None:
+            self._check_module()
+            entries = [
+                Entry(name, parameter, group, self._layout(name, parameter, group))
+                for group in self.param_groups
+                if group["orthogonalize"]
+                for name, parameter in zip(_names(group), group["params"], strict=True)
+            ]
+            for parameter, state in self.state.items():
+                for key, value in state.items():
+                    state[key] = value.to(parameter.device)
+            device = entries[0].parameter.device
+            matrices = [
+                Matrix(e.name, e.layout.stored, str(_wire_dtype(e)), _cost(e), e.layout.region) for e in entries
+            ]
+            exchange = Exchange(matrices, device, self.bucket_bytes)
+            self._planned = entries, self._families(entries, exchange.holder_counts), exchange
+        return self._planned
+
+    def _check_module(self) -> None:
+        module = self._module()
+        theirs = None if module is None else {id(p) for p in module.parameters()}
+        for group in self.param_groups:
+            for name, parameter in zip(_names(group), group["params"], strict=True):
+                if theirs is not None and id(parameter) not in theirs:
+                    raise RuntimeError(
+                        f"Expected the optimizer's parameters to be the module's, but {name} no longer is: the module "
+                        "was sharded or replaced after the optimizer was built, and training would change nothing. "
+                        "Shard first (Fabric: setup_module), then build the optimizer (build_optimizer), then "
+                        "setup_optimizers."
+                    )
+
+    def _families(self, entries: list[Entry], holder_counts: list[int]) -> list[_Family]:
+        members: dict[Any, list[int]] = defaultdict(list)
+        for index, entry in enumerate(entries):
+            shape = entry.layout.statistic_shape(self.per_column)
+            members[id(entry.group), shape, statistics_dtype(entry.parameter)].append(index)
+        families = []
+        for (_, shape, dtype), indices in members.items():
+            group = entries[indices[0]].group
+            per_block = [
+                [rules.shape_factor(matrix, group["shape_scale"]) for matrix in entries[i].layout.matrix_shapes]
+                for i in indices
+            ]
+            factors = torch.tensor(per_block, dtype=dtype, device=entries[indices[0]].parameter.device)
+            blocks = len(entries[indices[0]].layout.blocks)
+            leading = (blocks,) if blocks > 1 else ()
+            columns = (1,) if self.per_column else ()
+            holders = torch.tensor([holder_counts[i] for i in indices], dtype=dtype, device=factors.device)
+            factors = factors.view(len(indices), *leading, *columns)
+            families.append(_Family(group, indices, shape, factors, holders))
+        return families
+
+    def _updates(
+        self,
+        entries: list[Entry],
+        families: list[_Family],
+        exchange: Exchange,
+        grads: Sequence[Tensor | None],
+        indices: list[int],
+        adamw: AdamWStep,
+    ) -> tuple[dict[int, Update], list[Tensor]]:
+        """Sum the statistics over the ranks; from them decide which matrices move, and by how much."""
+        taking = set(indices)
+        chosen = [(family, [i for i in family.indices if i in taking]) for family in families]
+        chosen = [(family, members) for family, members in chosen if members]
+        partials = [self._partials(entries, exchange, grads, members) for _, members in chosen]
+        flat = [part for parts in partials for part in parts] + adamw.not_finite_flags()
+        if not flat:
+            return {}, []
+        dtype = max((part.dtype for part in flat), key=lambda d: d.itemsize)
+        sizes = [part.numel() for part in flat]
+        summed = exchange.sum(torch.cat([part.flatten().to(dtype) for part in flat]))
+        totals = [
+            total.view_as(part).to(part.dtype) for total, part in zip(torch.split(summed, sizes), flat, strict=True)
+        ]
+        updates: dict[int, Update] = {}
+        for (family, members), parts in zip(chosen, partials, strict=True):
+            own, totals = totals[: len(parts)], totals[len(parts) :]
+            updates |= self._family_updates(entries, family, members, *own)
+        return updates, totals
+
+    def _partials(
+        self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], members: list[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """This rank's part of ``||G||^2`` and ``||N||^2`` (K, *statistic) and of the count of gradients (K,)."""
+        grad_sq, direction_sq, present = [], [], []
+        for i in members:
+            entry, grad = entries[i], grads[i]
+            layout, dtype = entry.layout, statistics_dtype(entry.parameter)
+            zeros = torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=exchange.device)
+            counts = grad is not None and exchange.contributes(i)
+            present.append(float(grad is not None and layout.region.numel > 0))
+            grad_sq.append(
+                layout.sums_of_squares(grad, self.per_column, dtype) if counts and grad is not None else zeros
+            )
+            if not (self.adaptive and counts and grad is not None):
+                direction_sq.append(zeros)
+                continue
+            momentum = local_tensor(self.state[entry.parameter]["momentum_buffer"])
+            _, direction = rules.nesterov_momentum(
+                grad.to(momentum.dtype),
+                momentum,
+                momentum=entry.group["momentum"],
+                nesterov=entry.group["nesterov"],
+            )
+            direction_sq.append(layout.sums_of_squares(direction, self.per_column, dtype))
+        dtype = grad_sq[0].dtype
+        return (
+            torch.stack(grad_sq),
+            torch.stack(direction_sq),
+            torch.tensor(present, dtype=dtype, device=exchange.device),
+        )
+
+    def _family_updates(
+        self,
+        entries: list[Entry],
+        family: _Family,
+        members: list[int],
+        grad_sq: Tensor,
+        direction_sq: Tensor,
+        present: Tensor,
+    ) -> dict[int, Update]:
+        """Advance step, skipped and v where gradients are whole and finite; give each parameter its update."""
+        states = [self.state[entries[i].parameter] for i in members]
+        factors, holders = family.factors, family.holders
+        if members != family.indices:  # one process, and some parameters had no gradient
+            chosen = [family.indices.index(i) for i in members]
+            factors, holders = factors[chosen], holders[chosen]
+        finite = (grad_sq.isfinite() & direction_sq.isfinite()).reshape(len(members), -1).all(dim=1)
+        ok = (present == holders) & finite
+        per_member = (-1,) + (1,) * len(family.shape)
+
+        step = torch.stack([state["step"] for state in states])
+        v = torch.stack([state["v"] for state in states]) if self.adaptive else None
+        sizes, new_v = self._step_size(family.group, grad_sq, direction_sq, v, (step + 1).view(per_member))
+        if v is not None and new_v is not None:
+            torch._foreach_copy_(
+                [state["v"] for state in states], list(torch.where(ok.view(per_member), new_v, v).unbind())
+            )
+        torch._foreach_add_([state["step"] for state in states], list(ok.to(step.dtype).unbind()))
+        skipped = ((present > 0) & ~ok).to(step.dtype)
+        torch._foreach_add_([state["skipped"] for state in states], list(skipped.unbind()))
+
+        group = family.group
+        size = rules.update_size(sizes, factors, max_step=group.get("max_step"))
+        decay = rules.decay_factor(
+            sizes,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            max_step=group.get("max_step"),
+            decay=group.get("decay", "lr"),
+            floor=self.per_column,
+        )
+        size = torch.where(ok.view(per_member), size, 0)
+        decay = torch.where(ok.view(per_member), decay, 1)
+        return {
+            i: Update(*parts) for i, *parts in zip(members, ok.unbind(), size.unbind(), decay.unbind(), strict=True)
+        }
+
+    def _step_size(
+        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Step sizes and new v, both (K, *statistic), from the statistics of K parameters; step is (K, 1...)."""
+        return torch.zeros_like(grad_sq) + group["lr"], None
+
+    def _direction(self, entry: Entry, grad: Tensor | None, ok: Tensor) -> Tensor:
+        """Update the momentum where ok, and give the direction N to orthogonalize, in its wire dtype."""
+        momentum = local_tensor(self.state[entry.parameter]["momentum_buffer"])
+        # The average of M with M is M: where not ok nothing moves, and the direction stays finite.
+        grad = momentum if grad is None else torch.where(ok, grad.to(momentum.dtype), momentum)
+        _, direction = rules.nesterov_momentum(
+            grad, momentum, momentum=entry.group["momentum"], nesterov=entry.group["nesterov"], out=momentum
+        )
+        return self._input(direction).to(_wire_dtype(entry))
+
+    def _input(self, direction: Tensor) -> Tensor:
+        """What is orthogonalized, from N."""
+        return direction
+
+    def _work(self, entries: list[Entry]) -> Callable[[list[int], list[Tensor]], list[Tensor]]:
+        def polar(indices: list[int], stored: list[Tensor]) -> list[Tensor]:
+            results = [torch.empty_like(full, memory_format=torch.contiguous_format) for full in stored]
+            by_group: dict[int, list[int]] = defaultdict(list)
+            for position, index in enumerate(indices):
+                by_group[id(entries[index].group)].append(position)
+            for positions in by_group.values():
+                group = entries[indices[positions[0]]].group
+                layouts = [entries[indices[position]].layout for position in positions]
+                true = [m for p, layout in zip(positions, layouts, strict=True) for m in layout.matrices(stored[p])]
+                into = [m for p, layout in zip(positions, layouts, strict=True) for m in layout.matrices(results[p])]
+                factors = orthogonalize(
+                    true,
+                    method=group["orthogonalizer"],
+                    ns_steps=group["ns_steps"],
+                    ns_coefficients=group["ns_coefficients"],
+                )
+                torch._foreach_copy_(into, factors)
+            return results
+
+        return polar
+
+    def _finish(
+        self,
+        entries: list[Entry],
+        exchange: Exchange,
+        bucket: list[tuple[int, Tensor]],
+        updates: dict[int, Update],
+    ) -> None:
+        """Apply a bucket's polar factors (flat local shards) to the weights."""
+        for i, ortho in bucket:
+            weight, layout, update = local_tensor(entries[i].parameter), entries[i].layout, updates[i]
+            rules.apply_update(
+                weight,
+                ortho.view(weight.shape),
+                layout.spread(update.size, update.size.dim() > 0 and self.per_column, weight.shape),
+                layout.spread(update.factor, update.factor.dim() > 0 and self.per_column, weight.shape),
+            )
+
+
+def _no_module() -> None:
+    return None
+
+
+def _names(group: dict[str, Any]) -> list[str]:
+    """Parameter names of a group; numbers where torch was given none."""
+    return cast("list[str]", group.get("param_names")) or [
+        f"{group['name']}[{index}]" for index in range(len(group["params"]))
+    ]
+
+
+def statistics_dtype(parameter: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 parameters."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _wire_dtype(entry: Entry) -> torch.dtype:
+    """The iteration's dtype where it iterates, else the parameter's."""
+    return torch.bfloat16 if entry.group["orthogonalizer"] == "newton_schulz" else entry.parameter.dtype
+
+
+def _cost(entry: Entry) -> int:
+    return sum(newton_schulz_flops(shape, entry.group["ns_steps"]) for shape in entry.layout.matrix_shapes)
+
+
+def _validate_adamw(group: dict[str, Any]) -> None:
+    check(group["lr"] >= 0, "AdamW", "lr", ">= 0", group["lr"])
+    check(group["weight_decay"] >= 0, "AdamW", "weight_decay", ">= 0", group["weight_decay"])
+    check(0 <= group["momentum"] < 1, "AdamW", "betas[0]", "in [0, 1)", group["momentum"])
+    check(0 <= group["beta2"] < 1, "AdamW", "betas[1]", "in [0, 1)", group["beta2"])
+    check(group["eps"] >= 0, "AdamW", "eps", ">= 0", group["eps"])
+
+
+def check(condition: object, algorithm: str, key: str, expected: str, value: object) -> None:
+    """Raise a ValueError that names the hyper-parameter, what was expected and what came."""
+    if not condition:
+        raise ValueError(f"{algorithm}: expected {key} to be {expected} but got {value}.")

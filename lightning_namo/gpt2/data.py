@@ -1,0 +1,105 @@
+"""The data module: token files of the embedded corpus or of the user's own, as batches."""
+
+import json
+from pathlib import Path
+
+from lightning import LightningDataModule, Trainer
+from tokenizers import Tokenizer
+
+from lightning_namo.gpt2.loaders import TokenWindows, TrainLoader, ValidationLoader
+from lightning_namo.gpt2.prepare import SPEECHES_VOCAB_SIZE, prepare_speeches
+from lightning_namo.types import NonNegativeInt, PositiveInt
+
+
+class TextDataModule(LightningDataModule):
+    """Batches `(inputs, targets)`, each `(B, T)`, from a folder with `train.bin` and `val.bin`.
+
+    `Trainer(use_distributed_sampler=...)` makes no difference: the loaders divide the windows over the ranks
+    themselves, and the ranks of a tensor-parallel group get the same batches.
+
+    Args:
+        data_dir: Folder that `lightning-namo prepare` made, or nanoGPT's. None takes the embedded corpus, US
+            State of the Union addresses, with its token files in data/sotu under the working directory.
+        block_size: Tokens in a sequence, T.
+        batch_size: Sequences in a micro-batch of one rank, B.
+        num_workers: Processes that read ahead; 0 reads in the training process, which is enough as a rule.
+        seed: Seed of the order of the training windows.
+        vocab_size: Tokens in the vocabulary of token files that come without a meta.json, such as nanoGPT's.
+
+    Raises:
+        ValueError: On first use, files that are missing or too short; the message says how to make them.
+    """
+
+    def __init__(
+        self,
+        data_dir: str | None = None,
+        block_size: PositiveInt = 256,
+        batch_size: PositiveInt = 16,
+        num_workers: NonNegativeInt = 0,
+        seed: NonNegativeInt = 0,
+        vocab_size: PositiveInt | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedded = data_dir is None
+        self.folder = Path("data/sotu" if data_dir is None else data_dir)
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self._vocab_size = vocab_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens in the vocabulary; known before the token files of the embedded corpus are made."""
+        if self.embedded:
+            return SPEECHES_VOCAB_SIZE
+        if self._vocab_size is not None:
+            return self._vocab_size
+        meta = self.folder / "meta.json"
+        if not meta.is_file():
+            raise ValueError(
+                f"Expected {meta}, which has the size of the vocabulary. Make it with `lightning-namo prepare"
+                f" --inputs TEXT_FILES --out_dir {self.folder}`, or set vocab_size for files from elsewhere."
+            )
+        return int(json.loads(meta.read_text(encoding="utf-8"))["vocab_size"])
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the token files, with `encode(text).ids` and `decode(ids)`."""
+        path = self.folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"Expected {path}. Got token files without their tokenizer.")
+        return Tokenizer.from_file(str(path))
+
+    def prepare_data(self) -> None:
+        """Make the token files of the embedded corpus, if they are not there or are stale."""
+        if self.embedded:
+            prepare_speeches(self.folder)
+
+    def setup(self, stage: str) -> None:
+        """Open the token files."""
+        self.train_windows = TokenWindows(self.folder / "train.bin", self.block_size)
+        self.val_windows = TokenWindows(self.folder / "val.bin", self.block_size)
+
+    def train_dataloader(self) -> TrainLoader:
+        """Return this rank's training batches, which Lightning saves and restores with the checkpoint."""
+        replicas, rank = data_parallel(self.trainer)
+        return TrainLoader(
+            self.train_windows,
+            self.batch_size,
+            seed=self.seed,
+            replicas=replicas,
+            rank=rank,
+            num_workers=self.num_workers,
+        )
+
+    def val_dataloader(self) -> ValidationLoader:
+        """Return this rank's share of the validation set."""
+        replicas, rank = data_parallel(self.trainer)
+        return ValidationLoader(self.val_windows, self.batch_size, replicas, rank, self.num_workers)
+
+
+def data_parallel(trainer: Trainer | None) -> tuple[int, int]:
+    """Return how many ranks read different batches, and which of them this is: 1 and 0 without a Trainer."""
+    placement = None if trainer is None else trainer.distributed_sampler_kwargs
+    return (1, 0) if placement is None else (placement["num_replicas"], placement["rank"])

@@ -1,0 +1,122 @@
+"""GPT-2 as a LightningModule: loss, perplexity, FLOPs. The optimizer comes from a callback."""
+
+from functools import lru_cache
+
+import torch
+from lightning import LightningModule
+from lightning.fabric.utilities.throughput import measure_flops
+from torch import Tensor
+from torch.nn import functional
+from torchmetrics import MeanMetric
+
+from lightning_namo.gpt2.data import data_parallel
+from lightning_namo.gpt2.loaders import IGNORED, Batch
+from lightning_namo.gpt2.model import GPT2, GPT2Config
+from lightning_namo.types import HalfOpenUnit, PositiveInt
+
+
+class GPT2Module(LightningModule):
+    """Trains a `GPT2` on the cross-entropy of the next token.
+
+    It logs `train/loss` of each micro-batch (of rank 0) and, over the whole validation set and all ranks,
+    `val/loss` and `val/perplexity`. There is no `configure_optimizers` here: add an `OptimizerCallback`, or
+    define it in a subclass.
+
+    Args:
+        vocab_size: Tokens in the vocabulary, V; the data module knows how many its tokenizer has.
+        block_size: The longest sequence, in tokens.
+        n_layer: Transformer blocks.
+        n_head: Attention heads in each block; divides `n_embd`.
+        n_embd: Channels, C.
+        bias: Whether linear layers and layer norms have a bias.
+        dropout: Probability of dropping an activation in training, in [0, 1).
+
+    Raises:
+        ValueError: `n_head` does not divide `n_embd`.
+    """
+
+    model: GPT2
+
+    def __init__(
+        self,
+        vocab_size: PositiveInt = 50304,
+        block_size: PositiveInt = 1024,
+        n_layer: PositiveInt = 12,
+        n_head: PositiveInt = 12,
+        n_embd: PositiveInt = 768,
+        bias: bool = False,
+        dropout: HalfOpenUnit = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.config = GPT2Config(vocab_size, block_size, n_layer, n_head, n_embd, bias, dropout)
+        self.val_loss = MeanMetric()
+        self._batch_size = 0
+
+    def configure_model(self) -> None:
+        """Build the network once; strategies that shard call this again before validation or testing."""
+        if "model" not in self._modules:
+            self.model = GPT2(self.config)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Map token ids `(B, T)` to logits `(B, T, V)`."""
+        return self.model(idx)  # type: ignore[no-any-return]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean cross-entropy, in nats per token, of inputs and targets `(B, T)`."""
+        inputs, targets = batch
+        self._batch_size = inputs.shape[0]
+        total, count = cross_entropy(self(inputs), targets)
+        loss = total / count.clamp(min=1)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to the mean over all tokens of the validation set."""
+        inputs, targets = batch
+        total, count = cross_entropy(self(inputs), targets)
+        self.val_loss.update(total / count.clamp(min=1), weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the mean cross-entropy (nats per token) and the perplexity, which is exp of that mean."""
+        loss = self.val_loss.compute()  # over all ranks
+        self.val_loss.reset()
+        self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, prog_bar=True, sync_dist=True)
+
+    @property
+    def flops_per_batch(self) -> int:
+        """FLOPs of the last batch, forward and backward, on this device; ThroughputMonitor reads it."""
+        replicas, _ = data_parallel(self.trainer)
+        sharers = self.trainer.world_size // replicas  # ranks on the same batch: tensor parallelism
+        return training_flops(self.config) * self._batch_size // sharers
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the cross-entropy over the tokens that count.
+
+    Args:
+        logits: Logits, `(B, T, V)`.
+        targets: Ids of the next tokens, `(B, T)`, with `IGNORED` where there is none.
+
+    Returns:
+        The sum in nats, `()` in float32 or better, and the number of tokens, `()`.
+    """
+    logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    total = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total, (targets != IGNORED).sum()
+
+
+@lru_cache
+def training_flops(config: GPT2Config) -> int:
+    """Measure the FLOPs of a forward and a backward pass over one window of `block_size` tokens.
+
+    Matrix products only, a multiply and an add being two; attention is counted in full, though half of it is
+    masked.
+    """
+    # ThroughputMonitor asks from within inference mode, where nothing can be differentiated.
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("meta"):
+        model = GPT2(config)
+        idx = torch.zeros(1, config.block_size, dtype=torch.long)
+        return measure_flops(model, lambda: model(idx), torch.Tensor.sum)

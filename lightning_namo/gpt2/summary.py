@@ -1,0 +1,168 @@
+"""Callbacks that say how fast a GPT-2 trains and what came of it."""
+
+import time
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ThroughputMonitor
+from lightning.pytorch.trainer.states import RunningStage
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lightning_namo.gpt2.data import TextDataModule, data_parallel
+from lightning_namo.gpt2.loaders import Batch
+from lightning_namo.gpt2.model import sample
+from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+
+class TokenThroughput(ThroughputMonitor):
+    """Lightning's ThroughputMonitor for batches of tokens: an item is a token.
+
+    Logs, among others, `train/device/items_per_sec` (tokens per second and device), `train/items_per_sec` (on
+    all devices, if there are several) and `train/device/mfu` (model FLOPs utilization), averaged over the
+    last batches and without the time of validation. Without a known peak there is no utilization; a CPU's is
+    not known.
+
+    Args:
+        window_size: Batches to average over, at least 2; nothing is logged before there are as many.
+        peak_flops: FLOPs per second of one device at best, in the precision of the run. None takes
+            Lightning's table, which has no CPUs, and for the H200 and the H100 NVL the rate of sparse
+            matrices, twice the dense one.
+
+    Raises:
+        ValueError: `window_size` below 2.
+    """
+
+    def __init__(self, window_size: PositiveInt = 20, peak_flops: PositiveFloat | None = None) -> None:
+        if window_size < 2:
+            raise ValueError(f"Expected window_size of at least 2. Got {window_size}.")
+        super().__init__(batch_size_fn=lambda batch: len(batch[0]), window_size=window_size)
+        self.peak_flops = peak_flops
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Set the peak, and count the tokens of a batch that several ranks share (tensor parallelism) once."""
+        super().setup(trainer, pl_module, stage)
+        replicas, _ = data_parallel(trainer)
+        self.length_fn = lambda batch: batch[0].numel() * replicas // trainer.world_size
+        if self.peak_flops is not None:
+            for throughput in self._throughputs.values():
+                throughput.available_flops = self.peak_flops
+
+    def rates(self) -> tuple[float | None, float | None]:
+        """Return tokens per second on all devices and the utilization, of training, as far as they are known."""
+        throughput = self._throughputs.get(RunningStage.TRAINING)
+        metrics = throughput.compute() if throughput is not None and throughput._time else {}
+        return metrics.get("items_per_sec", metrics.get("device/items_per_sec")), metrics.get("device/mfu")
+
+
+class RunSummary(Callback):
+    """Prints one table at the end of training: steps, tokens, time, validation and a sample of what the model writes.
+
+    Loss and perplexity are those of the last validation; speed comes from a `TokenThroughput`, if there is
+    one. Tokens and time go on counting in a resumed run.
+
+    Args:
+        prompt: Text to continue.
+        sample_tokens: Length of the continuation in tokens; 0 for no sample.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Draw from this many of the likeliest tokens only; None for all.
+        seed: Seed of the sample, which leaves the other random numbers alone.
+    """
+
+    def __init__(
+        self,
+        prompt: str = "My fellow Americans",
+        sample_tokens: NonNegativeInt = 60,
+        temperature: NonNegativeFloat = 0.8,
+        top_k: PositiveInt | None = 50,
+        seed: NonNegativeInt = 0,
+    ) -> None:
+        self.prompt = prompt
+        self.sample_tokens = sample_tokens
+        self.temperature = temperature
+        self.top_k = top_k
+        self.seed = seed
+        self._tokens = 0
+        self._seconds = 0.0
+        self._started = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run goes on from."""
+        return {"tokens": self._tokens, "seconds": self._seconds + time.perf_counter() - self._started}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from an earlier run."""
+        self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count the tokens that all ranks have trained on."""
+        self._tokens += batch[0].numel() * data_parallel(trainer)[0]
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a sample on all ranks, since a sharded model needs all of them, and print on the first."""
+        self._seconds += time.perf_counter() - self._started
+        self._started = time.perf_counter()
+        text = self._write_sample(trainer, pl_module)
+        if trainer.is_global_zero:
+            Console().print(self._table(trainer, text))
+
+    def _write_sample(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
+        data = getattr(trainer, "datamodule", None)
+        if (
+            self.sample_tokens == 0
+            or not isinstance(data, TextDataModule)
+            or not isinstance(pl_module, GPT2Module)
+        ):
+            return None
+        if not (data.folder / "tokenizer.json").is_file():
+            return None  # nanoGPT's token files come without
+        assert trainer.model is not None
+        tokenizer = data.tokenizer
+        device = pl_module.device
+        idx = torch.tensor([tokenizer.encode(self.prompt).ids], device=device)
+        training = pl_module.training
+        pl_module.eval()
+        with trainer.precision_plugin.forward_context():
+            idx = sample(
+                trainer.model,
+                idx,
+                self.sample_tokens,
+                block_size=pl_module.config.block_size,
+                temperature=self.temperature,
+                top_k=self.top_k,
+                generator=torch.Generator(device).manual_seed(self.seed),
+            )
+        pl_module.train(training)
+        return str(tokenizer.decode(idx[0].tolist()))
+
+    def _table(self, trainer: Trainer, text: str | None) -> Table:
+        monitor = next((c for c in trainer.callbacks if isinstance(c, TokenThroughput)), None)
+        speed, utilization = (None, None) if monitor is None else monitor.rates()
+        metrics = trainer.callback_metrics
+        rows = {
+            "Steps": (trainer.global_step, "{:,}"),
+            "Tokens": (self._tokens, "{:,}"),
+            "Time": (self._seconds, "{:,.1f} s"),
+            "Tokens per second": (speed, "{:,.0f}"),
+            "Model FLOPs utilization": (utilization, "{:.1%}"),
+            "Validation loss": (metrics.get("val/loss"), "{:.4f}"),
+            "Validation perplexity": (metrics.get("val/perplexity"), "{:.2f}"),
+            "Sample": (text, "{}"),
+        }
+        table = Table(title="Run", show_header=False, title_justify="left")
+        table.add_column(no_wrap=True)
+        table.add_column()
+        for name, (value, form) in rows.items():
+            if value is not None:
+                number = value.item() if isinstance(value, torch.Tensor) else value
+                table.add_row(name, Text(form.format(number)))
+        return table

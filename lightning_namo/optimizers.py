@@ -1,0 +1,417 @@
+"""NAMO, NAMO-D, Muon and AdaMuon; each trains what is no hidden matrix with AdamW."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_namo import rules
+from lightning_namo.base import Entry, OrthogonalizedOptimizer, Params, Update, check, statistics_dtype
+from lightning_namo.exchange import Exchange
+from lightning_namo.orthogonalize import Coefficients, Method
+from lightning_namo.regions import Layout, local_tensor
+from lightning_namo.rules import Decay
+from lightning_namo.types import (
+    ClosedUnitInterval,
+    HalfOpenUnit,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+)
+
+
+class _AdaptiveScale(OrthogonalizedOptimizer):
+    """What NAMO and NAMO-D share: v, the second moment of the gradient's norms, and its hyper-parameters."""
+
+    adaptive = True
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        super()._validate(group)
+        name, momentum, beta2 = type(self).__name__, group["momentum"], group["beta2"]
+        check(0 <= beta2 < 1, name, "beta2", "in [0, 1)", beta2)
+        check(
+            momentum == 0 or momentum**2 < beta2,
+            name,
+            "beta2",
+            f"above momentum^2 = {momentum**2:g} (else the adaptive scale is unbounded)",
+            beta2,
+        )
+        check(group["eps"] >= 0, name, "eps", ">= 0", group["eps"])
+        check(
+            group["max_step"] is None or group["max_step"] > 0,
+            name,
+            "max_step",
+            "> 0 or None",
+            group["max_step"],
+        )
+        check(group["decay"] in ("adaptive", "lr"), name, "decay", "'adaptive' or 'lr'", repr(group["decay"]))
+
+    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"v": torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=parameter.device)}
+
+
+class NAMO(_AdaptiveScale):
+    r"""Muon's orthogonalized momentum, scaled by one adaptive number per matrix.
+
+    ::
+
+        M <- M + (1 - mu1)(G - M);   N = (1 - mu1) G + mu1 M  (nesterov) or M;   O = polar(N)
+        v <- mu2 v + (1 - mu2) ||G||_F^2
+        a  = lr sqrt(1 - mu2^t) / (1 - mu1^t) ||N||_F / (sqrt(v) + eps)
+        W <- W (1 - weight_decay min(a, max_step)) - min(a s, max_step) O,   s = shape_scale sqrt(max(m, n))
+
+    The defaults are the official code's; ``nesterov=False, shape_scale=None, max_step=None`` is the paper's box.
+
+    Args:
+        params: What `split_parameters` returns, or torch's usual iterables and groups; a group with
+            ``orthogonalize=False`` gets AdamW.
+        lr: Learning rate of the matrices; about eight times Muon's (the adaptive number is small in noise).
+        weight_decay: lambda, decoupled; coupled to the adaptive step unless ``decay="lr"``.
+        momentum: mu1, in [0, 1); ``momentum**2 < beta2`` keeps the adaptive number bounded.
+        beta2: mu2, in [0, 1).
+        eps: Added to sqrt(v), in units of the gradient's Frobenius norm.
+        nesterov: Whether N looks ahead.
+        ns_steps: Newton-Schulz steps.
+        ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
+        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        shape_scale: s = shape_scale sqrt(max(m, n)) on the update; None: s = 1.
+        max_step: Cap of both a and a s; None: no cap.
+        decay: "adaptive" (1 - weight_decay a) or "lr" (1 - lr weight_decay, Muon's).
+        adamw_lr: Learning rate of the AdamW groups; None: ``lr``, as in the official runs.
+        adamw_betas: AdamW's betas.
+        adamw_eps: AdamW's eps.
+        adamw_weight_decay: AdamW's weight decay.
+
+    Raises:
+        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+
+    References:
+        "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> optimizer = NAMO([layer.weight], lr=0.01)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: NonNegativeFloat = 0.01,
+        weight_decay: NonNegativeFloat = 0.1,
+        momentum: HalfOpenUnit = 0.95,
+        beta2: HalfOpenUnit = 0.99,
+        eps: NonNegativeFloat = 1e-8,
+        nesterov: bool = True,
+        *,
+        ns_steps: PositiveInt = 5,
+        ns_coefficients: Coefficients = "quintic",
+        orthogonalizer: Method = "newton_schulz",
+        shape_scale: PositiveFloat | None = 0.2,
+        max_step: PositiveFloat | None = 1.0,
+        decay: Decay = "adaptive",
+        adamw_lr: NonNegativeFloat | None = None,
+        adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
+        adamw_eps: NonNegativeFloat = 1e-8,
+        adamw_weight_decay: NonNegativeFloat = 0.0,
+    ) -> None:
+        matrix = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "eps": eps,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "orthogonalizer": orthogonalizer,
+            "shape_scale": shape_scale,
+            "max_step": max_step,
+            "decay": decay,
+        }
+        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+
+    def _step_size(
+        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        assert v is not None
+        keys = {key: group[key] for key in ("lr", "momentum", "beta2", "eps")}
+        return rules.namo_step_size(grad_sq, direction_sq, v, step=step, **keys)
+
+
+class NAMOD(_AdaptiveScale):
+    r"""Muon's orthogonalized momentum, scaled by one clamped adaptive number per column (input feature).
+
+    ::
+
+        M, N, O as NAMO's
+        v_j <- mu2 v_j + (1 - mu2) ||G[:, j]||^2
+        r_j  = ||N[:, j]|| / (sqrt(v_j) + eps), clipped to [c mean(r), mean(r) / c]
+        a_j  = lr sqrt(1 - mu2^t) / (1 - mu1^t) r_j
+        W[:, j] <- W[:, j] max(0, 1 - weight_decay min(a_j, max_step)) - min(a_j s, max_step) O[:, j]
+
+    Args:
+        params: As `NAMO`'s.
+        lr: Learning rate of the matrices.
+        weight_decay: lambda, decoupled; coupled to the adaptive step unless ``decay="lr"``.
+        momentum: mu1, in [0, 1); ``momentum**2 < beta2`` keeps the adaptive numbers bounded.
+        beta2: mu2, in [0, 1).
+        eps: Added to sqrt(v_j), in units of a gradient column's norm.
+        nesterov: Whether N looks ahead.
+        clamp: c in (0, 1]: 1 scales all columns alike; None or 0: no clamp.
+        ns_steps: Newton-Schulz steps.
+        ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
+        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        shape_scale: s = shape_scale sqrt(max(m, n)) on the update; None: s = 1.
+        max_step: Cap of both a_j and a_j s; None: no cap.
+        decay: "adaptive" (1 - weight_decay a_j) or "lr" (1 - lr weight_decay, Muon's).
+        adamw_lr: Learning rate of the AdamW groups; None: ``lr``, as in the official runs.
+        adamw_betas: AdamW's betas.
+        adamw_eps: AdamW's eps.
+        adamw_weight_decay: AdamW's weight decay.
+
+    Raises:
+        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+
+    References:
+        "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 2.
+    """
+
+    per_column = True
+
+    def __init__(
+        self,
+        params: Params,
+        lr: NonNegativeFloat = 0.01,
+        weight_decay: NonNegativeFloat = 0.1,
+        momentum: HalfOpenUnit = 0.95,
+        beta2: HalfOpenUnit = 0.99,
+        eps: NonNegativeFloat = 1e-8,
+        nesterov: bool = True,
+        *,
+        clamp: ClosedUnitInterval | None = 0.1,
+        ns_steps: PositiveInt = 5,
+        ns_coefficients: Coefficients = "quintic",
+        orthogonalizer: Method = "newton_schulz",
+        shape_scale: PositiveFloat | None = 0.2,
+        max_step: PositiveFloat | None = 1.0,
+        decay: Decay = "adaptive",
+        adamw_lr: NonNegativeFloat | None = None,
+        adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
+        adamw_eps: NonNegativeFloat = 1e-8,
+        adamw_weight_decay: NonNegativeFloat = 0.0,
+    ) -> None:
+        matrix = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "eps": eps,
+            "nesterov": nesterov,
+            "clamp": clamp,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "orthogonalizer": orthogonalizer,
+            "shape_scale": shape_scale,
+            "max_step": max_step,
+            "decay": decay,
+        }
+        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        super()._validate(group)
+        clamp = group["clamp"]
+        check(clamp is None or 0 <= clamp <= 1, "NAMOD", "clamp", "in (0, 1], or None or 0 for none", clamp)
+
+    def _step_size(
+        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        assert v is not None
+        keys = {key: group[key] for key in ("lr", "momentum", "beta2", "eps", "clamp")}
+        return rules.namo_d_step_size(grad_sq, direction_sq, v, step=step, **keys)
+
+
+class Muon(OrthogonalizedOptimizer):
+    r"""Orthogonalized momentum: ``W <- W (1 - lr weight_decay) - lr s O``, with M, N, O as `NAMO`'s.
+
+    Equals ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` to bfloat16 rounding.
+
+    Args:
+        params: As `NAMO`'s.
+        lr: Learning rate of the matrices; with ``shape_scale=0.2`` AdamW's is a good first choice.
+        weight_decay: lambda, decoupled, times the learning rate.
+        momentum: Decay of the gradient's average, in [0, 1).
+        nesterov: Whether N looks ahead.
+        ns_steps: Newton-Schulz steps.
+        ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
+        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        shape_scale: s = shape_scale sqrt(max(m, n)), which at 0.2 gives the update AdamW's RMS; None: s = 1.
+        adamw_lr: Learning rate of the AdamW groups; None: ``lr``.
+        adamw_betas: AdamW's betas.
+        adamw_eps: AdamW's eps.
+        adamw_weight_decay: AdamW's weight decay.
+
+    Raises:
+        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+
+    References:
+        Keller Jordan, kellerjordan.github.io/posts/muon; shape factor: "Muon is Scalable for LLM Training",
+        arXiv 2502.16982.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: NonNegativeFloat = 1e-3,
+        weight_decay: NonNegativeFloat = 0.1,
+        momentum: HalfOpenUnit = 0.95,
+        nesterov: bool = True,
+        *,
+        ns_steps: PositiveInt = 5,
+        ns_coefficients: Coefficients = "quintic",
+        orthogonalizer: Method = "newton_schulz",
+        shape_scale: PositiveFloat | None = 0.2,
+        adamw_lr: NonNegativeFloat | None = None,
+        adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
+        adamw_eps: NonNegativeFloat = 1e-8,
+        adamw_weight_decay: NonNegativeFloat = 0.0,
+    ) -> None:
+        matrix = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "orthogonalizer": orthogonalizer,
+            "shape_scale": shape_scale,
+        }
+        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+
+
+class AdaMuon(OrthogonalizedOptimizer):
+    r"""Muon with an elementwise second moment of the orthogonalized sign of the momentum.
+
+    ::
+
+        M, N as NAMO's;   O = polar(sign(N));   V <- beta V + (1 - beta) O^2;   U = O / (sqrt(V) + eps)
+        W <- W (1 - lr weight_decay) - lr shape_scale sqrt(m n) / (||U||_F + eps) U
+
+    so that the update's RMS is ``shape_scale * lr`` at every step.
+
+    Args:
+        params: As `NAMO`'s.
+        lr: Learning rate of the matrices.
+        weight_decay: lambda, decoupled, times the learning rate.
+        momentum: Decay of the gradient's average, in [0, 1).
+        beta2: beta, in [0, 1).
+        eps: Added to sqrt(V) and to the norm of U.
+        nesterov: Whether N looks ahead (official code) or not (paper).
+        ns_steps: Newton-Schulz steps.
+        ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
+        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        shape_scale: RMS of the update in units of lr; 0.2 is AdamW's. None: 1.
+        adamw_lr: Learning rate of the AdamW groups; None: ``lr``.
+        adamw_betas: AdamW's betas.
+        adamw_eps: AdamW's eps.
+        adamw_weight_decay: AdamW's weight decay.
+
+    Raises:
+        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+
+    References:
+        "AdaMuon: Adaptive Muon Optimizer", arXiv 2507.11005.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: NonNegativeFloat = 1e-3,
+        weight_decay: NonNegativeFloat = 0.1,
+        momentum: HalfOpenUnit = 0.95,
+        beta2: HalfOpenUnit = 0.95,
+        eps: NonNegativeFloat = 1e-8,
+        nesterov: bool = True,
+        *,
+        ns_steps: PositiveInt = 5,
+        ns_coefficients: Coefficients = "quintic",
+        orthogonalizer: Method = "newton_schulz",
+        shape_scale: PositiveFloat | None = 0.2,
+        adamw_lr: NonNegativeFloat | None = None,
+        adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
+        adamw_eps: NonNegativeFloat = 1e-8,
+        adamw_weight_decay: NonNegativeFloat = 0.0,
+    ) -> None:
+        matrix = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "eps": eps,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "orthogonalizer": orthogonalizer,
+            "shape_scale": shape_scale,
+        }
+        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        super()._validate(group)
+        check(0 <= group["beta2"] < 1, "AdaMuon", "beta2", "in [0, 1)", group["beta2"])
+        check(group["eps"] >= 0, "AdaMuon", "eps", ">= 0", group["eps"])
+
+    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"v": torch.zeros_like(parameter, dtype=dtype)}
+
+    def _input(self, direction: Tensor) -> Tensor:
+        return direction.sign()
+
+    def _finish(
+        self,
+        entries: list[Entry],
+        exchange: Exchange,
+        bucket: list[tuple[int, Tensor]],
+        updates: dict[int, Update],
+    ) -> None:
+        """Replace O by U and the step size by the one that its norm over all ranks gives."""
+        directions, partials = [], []
+        for i, ortho in bucket:
+            entry, v = entries[i], local_tensor(self.state[entries[i].parameter]["v"])
+            direction, new_v = rules.adamuon_direction(
+                ortho.view(v.shape), v, beta2=entry.group["beta2"], eps=entry.group["eps"]
+            )
+            v.copy_(torch.where(updates[i].ok, new_v, v))
+            directions.append((i, direction))
+            norm_sq = entry.layout.sums_of_squares(direction, False, statistics_dtype(entry.parameter))
+            partials.append((norm_sq if exchange.contributes(i) else torch.zeros_like(norm_sq)).flatten())
+        if not partials:
+            return
+        totals = torch.split(exchange.sum(torch.cat(partials)), [part.numel() for part in partials])
+        for (i, _), total in zip(bucket, totals, strict=True):
+            entry, update = entries[i], updates[i]
+            sizes = torch.tensor([m * n for m, n in entry.layout.matrix_shapes], dtype=total.dtype, device=total.device)
+            scale = entry.group["shape_scale"]
+            size = rules.adamuon_step_size(
+                total,
+                size=sizes,
+                shape_scale=1.0 if scale is None else scale,
+                lr=entry.group["lr"],
+                eps=entry.group["eps"],
+            )
+            update.size = torch.where(update.ok, size.view(update.size.shape), 0)
+        super()._finish(entries, exchange, directions, updates)
+
+
+def _adamw(
+    lr: float, adamw_lr: float | None, betas: tuple[float, float], eps: float, weight_decay: float
+) -> dict[str, Any]:
+    return {
+        "lr": lr if adamw_lr is None else adamw_lr,
+        "weight_decay": weight_decay,
+        "momentum": betas[0],
+        "beta2": betas[1],
+        "eps": eps,
+    }

@@ -1,0 +1,321 @@
+"""Where the local shard of a parameter lies in its matrix.
+
+Two words are kept apart. The *stored* matrix is the parameter flattened from dimension 1, ``(shape[0], rest)``, as
+torch lays it out and as the parallel strategies cut it. The *true* matrix has output features as rows and input
+features as columns; it is the transpose of the stored one where ``transposed`` is set (Hugging Face's ``Conv1D``,
+transposed convolutions), and several matrices stacked by rows where ``blocks`` is set (fused q/k/v).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of the stored matrix: rows ``[row, row_end)`` and columns ``[col, col_end)``.
+
+    Whole parameters, FSDP2 and tensor parallelism lie like this. The local tensor keeps its dimensions.
+    """
+
+    row: int
+    row_end: int
+    col: int
+    col_end: int
+
+    @property
+    def numel(self) -> int:
+        """Number of local elements."""
+        return (self.row_end - self.row) * (self.col_end - self.col)
+
+    def of(self, full: Tensor) -> Tensor:
+        """View of this region in the stored matrix ``full`` (rows, columns)."""
+        return full[self.row : self.row_end, self.col : self.col_end]
+
+    def to_rectangle(self, local: Tensor) -> Tensor:
+        """The local tensor as (row_end - row, col_end - col); a copy only where no view exists."""
+        return local.reshape(self.row_end - self.row, self.col_end - self.col)
+
+    def from_rectangle(self, rectangle: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of `to_rectangle`, for tensors that broadcast to the rectangle."""
+        return rectangle.expand(self.row_end - self.row, self.col_end - self.col).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run ``[start, stop)`` of the flattened stored matrix with ``width`` columns: what FSDP1 leaves on a rank.
+
+    The local tensor is one-dimensional. In calculations the run is padded with zeros to whole rows.
+    """
+
+    start: int
+    stop: int
+    width: int
+
+    @property
+    def numel(self) -> int:
+        """Number of local elements."""
+        return self.stop - self.start
+
+    @property
+    def row(self) -> int:
+        """First row that the run touches."""
+        return self.start // self.width
+
+    @property
+    def row_end(self) -> int:
+        """One past the last row that the run touches."""
+        return max(self.row, -(-self.stop // self.width))
+
+    @property
+    def col(self) -> int:
+        """First column: the padded rectangle spans all of them."""
+        return 0
+
+    @property
+    def col_end(self) -> int:
+        """One past the last column."""
+        return self.width
+
+    def of(self, full: Tensor) -> Tensor:
+        """View of this region in the contiguous stored matrix ``full`` (rows, columns)."""
+        return full.view(-1)[self.start : self.stop]
+
+    def to_rectangle(self, local: Tensor) -> Tensor:
+        """The run padded with zeros to the whole rows it touches, (row_end - row, width)."""
+        head = self.start - self.row * self.width
+        tail = self.row_end * self.width - self.stop if self.numel else 0
+        padded = nn.functional.pad(local.reshape(-1), (head if self.numel else 0, tail))
+        return padded.view(-1, self.width)
+
+    def from_rectangle(self, rectangle: Tensor, shape: torch.Size) -> Tensor:
+        """Inverse of `to_rectangle`, for tensors that broadcast to the rectangle."""
+        head = self.start - self.row * self.width
+        full = rectangle.expand(self.row_end - self.row, self.width).reshape(-1)
+        return full[head : head + self.numel].reshape(shape)
+
+
+Region = Block | Span
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor, or the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
+    """The gradient's local shard, laid out like the parameter's; None if there is no gradient.
+
+    Raises:
+        ValueError: For a sparse gradient.
+    """
+    grad = parameter.grad
+    if grad is None:
+        return None
+    if grad.layout != torch.strided:
+        raise ValueError(f"Expected a dense gradient but {name} has a {grad.layout} one. Use sparse=False.")
+    if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        grad = grad.redistribute(placements=parameter.placements)
+    return local_tensor(grad)
+
+
+def stored_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the stored matrix of a parameter with the given full shape."""
+    return (shape[0] if shape else 1), math.prod(shape[1:])
+
+
+def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, ...], Region]:
+    """Full shape of a plain or DTensor parameter, and the region that this process holds.
+
+    Raises:
+        ValueError: For a placement that is no rectangle of the stored matrix.
+    """
+    shape = tuple(parameter.shape)
+    rows, cols = stored_shape(shape)
+    if not isinstance(parameter, DTensor):
+        return shape, Block(0, rows, 0, cols)
+    placements = parameter.placements
+    sharded = {getattr(p, "dim") for p in placements if hasattr(p, "dim")}
+    if any(p.is_partial() for p in placements) or any(dim > 1 for dim in sharded):
+        raise ValueError(
+            f"Expected {name} {shape} to be replicated or sharded over dimension 0 or 1, but its placements are "
+            f"{placements}. Shard it over dimension 0 or 1, or route it to AdamW (adamw=...)."
+        )
+    local, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, placements)
+    if math.prod(local) == 0:
+        return shape, Block(0, 0, 0, 0)
+    inner = math.prod(shape[2:])
+    row, col = (offset[0] if shape else 0), (offset[1] * inner if len(shape) > 1 else 0)
+    return shape, Block(row, row + stored_shape(local)[0], col, col + stored_shape(local)[1])
+
+
+def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...], Region]]:
+    """Full shape and local region of every parameter of a module, under whatever strategy it lives.
+
+    Plain parameters are whole; DTensors (FSDP2, HSDP, tensor parallelism) tell by themselves; FSDP1's runs are read
+    from its flat parameters, since a one-dimensional run does not know the matrix that it was cut from.
+
+    Raises:
+        ValueError: For FSDP1 without ``use_orig_params=True``, or a placement that cannot be served.
+    """
+    regions: dict[nn.Parameter, tuple[tuple[int, ...], Region]] = {}
+    for unit in FullyShardedDataParallel.fsdp_modules(module):
+        handle = unit._handle
+        if handle is None or handle.flat_param._params is None:
+            continue
+        flat = handle.flat_param
+        for parameter, info, full in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):  # type: ignore[arg-type]
+            shape, (rows, width) = tuple(full), stored_shape(full)
+            if parameter.shape == full:
+                regions[parameter] = (shape, Block(0, rows, 0, width))
+            elif info.intra_param_start_idx is not None and info.intra_param_end_idx is not None:
+                run = Span(info.intra_param_start_idx, info.intra_param_end_idx + 1, width)
+                regions[parameter] = (shape, run)
+            else:
+                regions[parameter] = (shape, Span(0, 0, width))
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, FlatParameter):
+            raise ValueError(
+                f"Expected FSDP with use_orig_params=True, but {name} is a flat parameter: the matrices in it "
+                "cannot be told apart. Pass use_orig_params=True to FSDP (Lightning's FSDPStrategy does)."
+            )
+        if parameter not in regions:
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(f"Expected {name} to be initialized: run one dummy forward pass first.")
+            regions[parameter] = region_of(parameter, name)
+    return regions
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The true matrices of one parameter, and the local part of them.
+
+    Args:
+        shape: Full shape of the parameter as stored.
+        region: The local part of the stored matrix.
+        transposed: Whether the stored matrix is the transpose of the true one.
+        blocks: Row counts of the true matrices stacked in the parameter; one entry: a whole matrix.
+    """
+
+    shape: tuple[int, ...]
+    region: Region
+    transposed: bool
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        shape: tuple[int, ...],
+        region: Region,
+        *,
+        transposed: bool,
+        blocks: int | Sequence[int],
+        name: str,
+    ) -> Layout:
+        """Layout from a group's keys: ``blocks`` is a number of equal blocks, or their row counts.
+
+        Raises:
+            ValueError: If the blocks do not make up the rows of the matrix.
+        """
+        rows = stored_shape(shape)[1 if transposed else 0]
+        if isinstance(blocks, int):
+            counts = (rows // max(blocks, 1),) * blocks
+        else:
+            counts = tuple(blocks)
+        if sum(counts) != rows or min(counts, default=0) < min(1, rows):
+            raise ValueError(
+                f"Expected the blocks of {name} {shape} to add up to its {rows} rows but got blocks={blocks}."
+            )
+        return cls(shape, region, transposed, counts)
+
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and columns of the stored matrix."""
+        return stored_shape(self.shape)
+
+    @cached_property
+    def matrix_shapes(self) -> tuple[tuple[int, int], ...]:
+        """(m, n) of each true matrix."""
+        columns = self.stored[0] if self.transposed else self.stored[1]
+        return tuple((rows, columns) for rows in self.blocks)
+
+    def matrices(self, full: Tensor) -> tuple[Tensor, ...]:
+        """Views (m, n) of the true matrices in the stored matrix ``full``."""
+        true = full.mT if self.transposed else full
+        return torch.split(true, list(self.blocks)) if len(self.blocks) > 1 else (true,)
+
+    def statistic_shape(self, per_column: bool) -> tuple[int, ...]:
+        """Shape of a statistic: () or (n,) for a whole matrix, (k,) or (k, n) for k stacked ones."""
+        leading = (len(self.blocks),) if len(self.blocks) > 1 else ()
+        return (*leading, self.matrix_shapes[0][1]) if per_column else leading
+
+    def sums_of_squares(self, local: Tensor, per_column: bool, dtype: torch.dtype) -> Tensor:
+        """This shard's part of ``||X||_F^2`` (or of ``||X[:, j]||^2``) of each true matrix.
+
+        Args:
+            local: A tensor that lies like the local shard.
+            per_column: Whether to sum by column.
+            dtype: In which to sum.
+
+        Returns:
+            A tensor of `statistic_shape`; summed over distinct shards it gives the whole matrix's.
+        """
+        if len(self.blocks) == 1 and not per_column:
+            return cast(Tensor, torch.linalg.vector_norm(local, dtype=dtype)).square()
+        true, rows, cols = self._true(local)
+        totals = true.new_zeros(self.matrix_shapes[0][1], dtype=dtype) if per_column else None
+        sums = []
+        for begin, end in self._block_bounds(rows):
+            part = true[begin:end]
+            if totals is None:
+                sums.append(torch.linalg.vector_norm(part, dtype=dtype).square())
+            else:
+                column_sums = totals.clone()
+                column_sums[cols[0] : cols[1]] = torch.linalg.vector_norm(part, dim=0, dtype=dtype).square()
+                sums.append(column_sums)
+        return torch.stack(sums).view(self.statistic_shape(per_column))
+
+    def spread(self, statistic: Tensor, per_column: bool, local_shape: torch.Size) -> Tensor:
+        """A statistic of the true matrices, laid out to broadcast against the local shard."""
+        if statistic.dim() == 0:
+            return statistic
+        (row, row_end), (col, col_end) = self._true_bounds()
+        if len(self.blocks) > 1:
+            block_of_row = torch.repeat_interleave(
+                torch.arange(len(self.blocks), device=statistic.device),
+                torch.tensor(self.blocks, device=statistic.device),
+                output_size=sum(self.blocks),
+            )
+            statistic = statistic[block_of_row[row:row_end]]
+        else:
+            statistic = statistic.unsqueeze(0)
+        rectangle = statistic[:, col:col_end] if per_column else statistic.unsqueeze(-1)
+        return self.region.from_rectangle(rectangle.mT if self.transposed else rectangle, local_shape)
+
+    def _true_bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Rows and columns of the true matrix that the local rectangle touches."""
+        rows, cols = (self.region.row, self.region.row_end), (self.region.col, self.region.col_end)
+        return (cols, rows) if self.transposed else (rows, cols)
+
+    def _true(self, local: Tensor) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
+        rectangle = self.region.to_rectangle(local)
+        return (rectangle.mT if self.transposed else rectangle, *self._true_bounds())
+
+    def _block_bounds(self, rows: tuple[int, int]) -> list[tuple[int, int]]:
+        """Where each block's rows begin and end within the local rows."""
+        ends = [sum(self.blocks[: k + 1]) for k in range(len(self.blocks))]
+        low, high = rows
+        return [
+            (min(max(end - size, low), high) - low, min(max(end, low), high) - low)
+            for size, end in zip(self.blocks, ends, strict=True)
+        ]

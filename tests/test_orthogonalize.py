@@ -1,0 +1,232 @@
+"""Polar factors: exact, and by Newton-Schulz against its polynomials in float64 and in plain bfloat16."""
+
+import pytest
+import torch
+from reference import POLAR_EXPRESS, QUINTIC, newton_schulz, polar
+
+from lightning_namo import orthogonalize
+
+POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
+RANGES = {"quintic": (0.68, 1.205), "polar_express": (0.86, 1.14)}  # of outputs, where inputs are >= 0.003
+# long / short = 1 ... 4
+SHAPES = [(64, 64), (128, 128), (32, 64), (128, 64), (48, 144), (192, 48), (64, 256), (256, 64)]
+
+
+def matrix(m, n, singular=None, *, seed=0, dtype=torch.float32):
+    """A matrix of these singular values between random bases; without them a Gaussian one."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.randn(k, min(m, n), generator=generator, dtype=torch.float64) for k in (m, n))
+    if singular is None:
+        return torch.randn(m, n, generator=generator, dtype=torch.float64).to(dtype)
+    return (torch.linalg.qr(U).Q * singular @ torch.linalg.qr(V).Q.T).to(dtype)
+
+
+def relative(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+# --- how exact the iteration is -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_bfloat16_is_no_less_exact_than_the_plain_iteration(coefficients, shape, power):
+    polynomials = POLYNOMIALS[coefficients]
+    spectrum = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power
+    ours = plain = 0.0
+    for seed in range(3):
+        X = matrix(*shape, spectrum, seed=seed)
+        exact = newton_schulz(X.double(), polynomials, torch.float64)
+        ours += relative(orthogonalize(X, ns_coefficients=coefficients), exact)
+        plain += relative(newton_schulz(X, polynomials), exact)
+    assert ours <= plain
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_a_list_of_many_shapes_is_no_less_exact_than_the_plain_iteration(coefficients, shape):
+    """In a list, matrices of one short side may share a batch."""
+    shapes = [shape, shape[::-1], (min(shape), 3 * min(shape)), (min(shape), min(shape))]
+    matrices = [
+        matrix(m, n, 1 / torch.arange(1, min(m, n) + 1, dtype=torch.float64), seed=seed)
+        for seed, (m, n) in enumerate(shapes)
+    ]
+    for X, Q in zip(matrices, orthogonalize(matrices, ns_coefficients=coefficients), strict=True):
+        exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
+        assert relative(Q, exact) <= relative(newton_schulz(X, POLYNOMIALS[coefficients]), exact)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_float64_is_the_polynomial_itself(coefficients, shape):
+    X = matrix(*shape, dtype=torch.float64)
+    Q = orthogonalize(X, ns_coefficients=coefficients, dtype=torch.float64)
+    assert relative(Q, newton_schulz(X, POLYNOMIALS[coefficients], torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("shape", [(32, 32), (32, 96), (96, 32)])
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_ns_steps_stops_after_that_many_polynomials(coefficients, shape, steps):
+    X = matrix(*shape, dtype=torch.float64)
+    Q = orthogonalize(X, ns_steps=steps, ns_coefficients=coefficients, dtype=torch.float64)
+    assert relative(Q, newton_schulz(X, POLYNOMIALS[coefficients][:steps], torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "triples", [[(1.5, -0.5, 0.0)] * 3, ((3.4445, -4.775, 2.0315), (1.5, -0.5, 0.0), (1.875, -1.25, 0.375))]
+)
+def test_coefficients_of_ones_own_are_taken_in_their_order(triples):
+    X = matrix(24, 40, dtype=torch.float64)
+    Q = orthogonalize(X, ns_steps=3, ns_coefficients=triples, dtype=torch.float64)
+    assert relative(Q, newton_schulz(X, triples, torch.float64)) < 1e-10
+
+
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float64, 0.0), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 192), (192, 64)])
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_singular_values_land_in_the_published_range(coefficients, shape, dtype, slack):
+    spectrum = torch.logspace(0, -2, 64, dtype=torch.float64)
+    spectrum[-1] = 0.003 * spectrum.norm()
+    singular = torch.linalg.svdvals(
+        orthogonalize(matrix(*shape, spectrum), ns_coefficients=coefficients, dtype=dtype).double()
+    )
+    low, high = RANGES[coefficients]
+    assert low - slack <= singular.min()
+    assert singular.max() <= high + slack
+
+
+@pytest.mark.parametrize("shape", [(5, 5), (3, 8), (8, 3)])
+def test_svd_is_the_exact_polar_factor(shape):
+    X = matrix(*shape, dtype=torch.float64)
+    Q = orthogonalize(X, method="svd")
+    assert relative(Q, polar(X)) < 1e-12
+    gram = Q @ Q.T if shape[0] <= shape[1] else Q.T @ Q
+    torch.testing.assert_close(gram, torch.eye(min(shape), dtype=torch.float64), rtol=0, atol=1e-12)
+    assert relative(Q @ (Q.T @ X), X) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_svd_of_a_rank_deficient_matrix_is_a_partial_isometry(shape, dtype):
+    spectrum = torch.zeros(min(shape), dtype=torch.float64)
+    spectrum[:2] = torch.tensor([3.0, 0.01])
+    X = matrix(*shape, spectrum, dtype=dtype)
+    Q = orthogonalize(X, method="svd")
+    expected = torch.tensor([1.0, 1.0] + [0.0] * (min(shape) - 2), dtype=dtype)
+    torch.testing.assert_close(torch.linalg.svdvals(Q), expected)
+    torch.testing.assert_close(Q @ Q.T @ X, X)
+
+
+# --- what it takes and gives ----------------------------------------------------------------------
+
+METHODS = [{"method": "svd"}, {"dtype": torch.float64}, {"dtype": torch.float32}, {}]
+each_method = pytest.mark.parametrize("method", METHODS, ids=["svd", "float64", "float32", "bfloat16"])
+
+
+def tolerance(method):
+    """Another path may sum in another order: twice the error of the iteration in bfloat16, hence 4e-2."""
+    return {"svd": 1e-6, torch.float64: 1e-6, torch.float32: 1e-4}.get(*method.values() or (None,), 4e-2)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(16, 16), (8, 24), (24, 8), (1, 7), (7, 1), (1, 1)])
+def test_a_batch_is_its_matrices_one_by_one(method, shape):
+    batch = torch.stack([matrix(*shape, seed=seed) for seed in range(4)])
+    for X, Q in zip(batch, orthogonalize(batch, **method), strict=True):
+        assert relative(Q, orthogonalize(X, **method).double()) <= tolerance(method)
+
+
+@each_method
+def test_a_list_is_its_matrices_one_by_one_in_their_order(method):
+    shapes = [(16, 16), (8, 24), (24, 8), (8, 8), (1, 7), (8, 24), (7, 1), (1, 1), (16, 48)]
+    matrices = [matrix(*shape, seed=seed) for seed, shape in enumerate(shapes)]
+    result = orthogonalize(matrices, **method)
+    assert isinstance(result, list)
+    for X, Q in zip(matrices, result, strict=True):
+        assert Q.shape == X.shape
+        assert relative(Q, orthogonalize(X, **method).double()) <= tolerance(method)
+
+
+def test_an_empty_list_gives_an_empty_list():
+    assert orthogonalize([]) == []
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_shape_and_dtype_are_those_of_the_input(method, dtype):
+    wide = matrix(6, 9, dtype=dtype)
+    for X in (wide, wide.T, wide.expand(2, 6, 9)):
+        Q = orthogonalize(X, **method)
+        assert (Q.shape, Q.dtype) == (X.shape, dtype)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(4, 4), (3, 6), (6, 3), (1, 5), (5, 1), (1, 1)])
+def test_a_zero_matrix_stays_zero(method, shape):
+    assert torch.equal(orthogonalize(torch.zeros(shape), **method), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
+def test_a_single_row_or_column_is_normalized(shape):
+    X = matrix(*shape)
+    torch.testing.assert_close(orthogonalize(X, method="svd"), X / X.norm())
+    Q = orthogonalize(X)
+    assert 0.68 <= Q.norm() <= 1.205
+    torch.testing.assert_close(Q / Q.norm(), X / X.norm(), rtol=1e-2, atol=0)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
+def test_the_memory_layout_of_the_input_does_not_matter(method, shape):
+    X = matrix(*shape)
+    expected = orthogonalize(X, **method).double()
+    strided = torch.zeros(2 * shape[0], 3 * shape[1])[::2, ::3].copy_(X)
+    for view in (X.T.contiguous().T, strided):
+        assert not view.is_contiguous()
+        assert relative(orthogonalize(view, **method), expected) <= tolerance(method)
+
+
+@each_method
+@pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
+def test_the_transpose_gives_the_transpose(method, shape):
+    X = matrix(*shape)
+    assert relative(orthogonalize(X.T, **method).T, orthogonalize(X, **method).double()) <= tolerance(method)
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(8, 8), (4, 12), (12, 4)])
+def test_the_input_is_never_modified(method, dtype, shape):
+    X = matrix(*shape, dtype=dtype)
+    before = X.clone()
+    orthogonalize(X, **method)
+    orthogonalize(X[None], **method)
+    orthogonalize([X, X], **method)
+    assert torch.equal(X, before)
+
+
+@each_method
+def test_one_matrix_that_is_not_finite_leaves_the_others_alone(method):
+    good = [matrix(8, 12, seed=seed) for seed in range(2)]
+    bad = torch.full((8, 12), torch.nan)
+    for Q, X in zip(orthogonalize([good[0], bad, good[1]], **method)[::2], good, strict=True):
+        assert relative(Q, orthogonalize(X, **method).double()) <= tolerance(method)
+
+
+@pytest.mark.parametrize(
+    ("X", "arguments", "message"),
+    [
+        (torch.ones(3, 3), {"ns_coefficients": "septic"}, "septic"),
+        (torch.ones(3, 3), {"ns_coefficients": [(1.0, 2.0)]}, "ns_coefficients"),
+        (torch.ones(3, 3), {"ns_coefficients": []}, "ns_coefficients"),
+        (torch.ones(3, 3), {"ns_steps": 0}, "ns_steps"),
+        (torch.ones(3, 3), {"method": "qr"}, "qr"),
+        (torch.ones(3), {}, r"\(3,\)"),
+        ([torch.ones(3, 3), torch.ones(4)], {}, r"\(4,\)"),
+    ],
+)
+def test_what_cannot_be_orthogonalized_is_refused_by_name(X, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        orthogonalize(X, **arguments)
