@@ -1,8 +1,22 @@
 """NAMO and NAMO-D for PyTorch Lightning and Fabric (arXiv 2602.17080)."""
 
+from lightning_namo.callbacks import OptimizerCallback
+from lightning_namo.factory import build_optimizer, optimize_with
 from lightning_namo.optimizers import NAMO, NAMOD, AdaMuon, Muon
 from lightning_namo.orthogonalize import orthogonalize
 from lightning_namo.param_groups import split_parameters
+from lightning_namo.schedules import WarmupStableDecay
 
 __version__ = "0.1.0"
-__all__ = ["NAMO", "NAMOD", "AdaMuon", "Muon", "orthogonalize", "split_parameters"]
+__all__ = [
+    "NAMO",
+    "NAMOD",
+    "AdaMuon",
+    "Muon",
+    "OptimizerCallback",
+    "WarmupStableDecay",
+    "build_optimizer",
+    "optimize_with",
+    "orthogonalize",
+    "split_parameters",
+]

@@ -89,7 +89,7 @@ class OrthogonalizedOptimizer(Optimizer):
         self._planned: tuple[list[Entry], list[_Family], Exchange] | None = None
         if isinstance(params, ParameterGroups):
             self._templates = {p: (params.names[p], keys) for p, keys in params.templates.items()}
-            self._regions = {**params.regions}
+            self._regions = dict(params.regions.items())
             self._module = params.module
         shared = {key: matrix_defaults[key] for key in ("lr", "weight_decay", "momentum")}
         super().__init__(cast(Any, params), shared)

@@ -25,7 +25,7 @@ _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
 _LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_CONVS)
 _DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
-# Where torch.compile, FSDP1, activation checkpointing and Fabric keep the module that they wrap.
+# Where torch.compile, FSDP1 and activation checkpointing, and where Fabric keep the module that they wrap.
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPED |= {"_forward_module", "_original_module"}
 
@@ -66,7 +66,8 @@ class ParameterGroups(list[dict[str, Any]]):
         groups: dict[str, dict[str, Any]] = {}
         for entry in entries:
             if entry.parameter.requires_grad:
-                group = groups.setdefault(entry.group, {"params": [], **entry.template})
+                template = entry.template
+                group = groups.setdefault(template["name"], {"params": [], **template})
                 group["params"].append((entry.name, entry.parameter))
         super().__init__(sorted(groups.values(), key=lambda group: not group["orthogonalize"]))
         self.routes = [entry.route for entry in entries]
@@ -177,20 +178,14 @@ class _Entry:
         return stored_shape(self.shape)[self.transposed]
 
     @property
-    def group(self) -> str:
-        if self.adamw is not None:
-            return "adamw"
-        sizes = [self.blocks] if isinstance(self.blocks, int) else self.blocks
-        suffix = "" if self.blocks == 1 else "_blocks_" + "_".join(map(str, sizes))
-        return f"matrices{'_transposed' * self.transposed}{suffix}"
-
-    @property
     def template(self) -> dict[str, Any]:
         """The keys of its group but the parameters."""
         if self.adamw is not None:
-            return {"name": self.group, "orthogonalize": False}
-        layout = {"transposed": self.transposed, "blocks": self.blocks}
-        return {"name": self.group, "orthogonalize": True, **layout}
+            return {"name": "adamw", "orthogonalize": False}
+        sizes = [self.blocks] if isinstance(self.blocks, int) else self.blocks
+        suffix = "" if self.blocks == 1 else "_blocks_" + "_".join(map(str, sizes))
+        name = f"matrices{'_transposed' * self.transposed}{suffix}"
+        return {"name": name, "orthogonalize": True, "transposed": self.transposed, "blocks": self.blocks}
 
     @property
     def route(self) -> Route:
@@ -204,14 +199,14 @@ class _Entry:
             words.append(f"tied to {self.uses[1].name}{more}")
         reason = ", ".join(words)
         if self.parameter.requires_grad:
-            return Route(self.name, self.shape, self.group, reason)
+            return Route(self.name, self.shape, self.template["name"], reason)
         return Route(self.name, self.shape, "frozen", f"requires_grad=False; else {reason}")
 
 
 def _find_entries(module: nn.Module, regions: _Regions) -> list[_Entry]:
     """One entry per parameter, in the order of the module, with all its uses."""
     modules = list(_walk(module))
-    at = dict(modules)  # of modules that share a cleaned path the innermost
+    at = dict(modules)  # where modules share a cleaned path: the innermost
     entries: dict[nn.Parameter, _Entry] = {}
     for path, owner in modules:
         for label, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
@@ -270,9 +265,7 @@ def _head_by_width(module: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def _is_hugging_face_conv1d(owner: nn.Module) -> bool:
-    return ("transformers.pytorch_utils", "Conv1D") in (
-        (c.__module__, c.__name__) for c in type(owner).__mro__
-    )
+    return ("transformers.pytorch_utils", "Conv1D") in ((c.__module__, c.__name__) for c in type(owner).__mro__)
 
 
 def _is_layer(owner: nn.Module) -> bool:
@@ -309,9 +302,7 @@ def _adamw_reason(entry: _Entry, heads: set[nn.Parameter]) -> str | None:
     return None
 
 
-def _match(
-    keyword: str, globs: str | Iterable[str], entries: list[_Entry]
-) -> Iterator[tuple[_Entry, list[str]]]:
+def _match(keyword: str, globs: str | Iterable[str], entries: list[_Entry]) -> Iterator[tuple[_Entry, list[str]]]:
     """The entries that globs match by any of their names, each with the globs that match it."""
     globs = [globs] if isinstance(globs, str) else list(globs)
     matched = [[g for g in globs if any(fnmatchcase(use.name, g) for use in e.uses)] for e in entries]

@@ -145,7 +145,7 @@ def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, 
     if not isinstance(parameter, DTensor):
         return shape, Block(0, rows, 0, cols)
     placements = parameter.placements
-    sharded = {getattr(p, "dim") for p in placements if hasattr(p, "dim")}
+    sharded = {p.dim for p in placements if hasattr(p, "dim")}
     if any(p.is_partial() for p in placements) or any(dim > 1 for dim in sharded):
         raise ValueError(
             f"Expected {name} {shape} to be replicated or sharded over dimension 0 or 1, but its placements are "
@@ -228,10 +228,7 @@ class Layout:
             ValueError: If the blocks do not make up the rows of the matrix.
         """
         rows = stored_shape(shape)[1 if transposed else 0]
-        if isinstance(blocks, int):
-            counts = (rows // max(blocks, 1),) * blocks
-        else:
-            counts = tuple(blocks)
+        counts = (rows // max(blocks, 1),) * blocks if isinstance(blocks, int) else tuple(blocks)
         if sum(counts) != rows or min(counts, default=0) < min(1, rows):
             raise ValueError(
                 f"Expected the blocks of {name} {shape} to add up to its {rows} rows but got blocks={blocks}."

@@ -41,9 +41,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A small GPT; `head` is "tied", "untied" or None (the embedding's weight is used by F.linear)."""
 
-    def __init__(
-        self, head: str | None = "tied", vocabulary: int = 64, width: int = 8, positions: int = 16
-    ) -> None:
+    def __init__(self, head: str | None = "tied", vocabulary: int = 64, width: int = 8, positions: int = 16) -> None:
         super().__init__()
         self.wte = nn.Embedding(vocabulary, width)
         self.wpe = nn.Embedding(positions, width)
@@ -139,9 +137,7 @@ def llama(tied: bool = False) -> nn.Module:
 
 def bert() -> nn.Module:
     widths = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 32, "max_position_embeddings": 8}
-    return BertForSequenceClassification(
-        BertConfig(**widths, num_hidden_layers=1, num_attention_heads=2, num_labels=5)
-    )
+    return BertForSequenceClassification(BertConfig(**widths, num_hidden_layers=1, num_attention_heads=2, num_labels=5))
 
 
 ZOO: dict[str, Callable[[], nn.Module]] = {
@@ -154,7 +150,7 @@ ZOO: dict[str, Callable[[], nn.Module]] = {
     "bert": bert,
     "cnn": cnn,
     "vit": ViT,
-    "transformer": lambda: nn.Transformer(8, 2, 1, 1, 12),
+    "transformer": lambda: nn.Transformer(8, 2, 1, 1, 12, batch_first=True),
     "lstm": lambda: nn.LSTM(1, 4, bidirectional=True, proj_size=2),
     "gru_cell": lambda: nn.GRUCell(3, 4),
     "bilinear": lambda: nn.Bilinear(3, 4, 5),
@@ -217,9 +213,7 @@ def test_groups_agree_with_routes_and_templates(build: Callable[[], nn.Module]) 
             assert groups.templates[parameter] == keys_of(group)
             assert routes[name].group == group["name"]
             assert not group["orthogonalize"] or parameter.ndim >= 2
-    assert all(
-        (routes[groups.names[p]].group == "frozen") == (not p.requires_grad) for p in module.parameters()
-    )
+    assert all((routes[groups.names[p]].group == "frozen") == (not p.requires_grad) for p in module.parameters())
 
 
 @pytest.mark.parametrize("build", ZOO.values(), ids=ZOO)
@@ -265,9 +259,7 @@ def test_a_head_that_comes_before_its_embedding_is_still_tied() -> None:
     assert reasons_of(groups)["head.weight"] == "output head, tied to table.weight"
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "width", "positions"), [(64, 8, 16), (8, 8, 8), (32, 8, 8), (16, 16, 4)]
-)
+@pytest.mark.parametrize(("vocabulary", "width", "positions"), [(64, 8, 16), (8, 8, 8), (32, 8, 8), (16, 16, 4)])
 def test_an_untied_head_is_found_by_its_width(vocabulary: int, width: int, positions: int) -> None:
     groups = split_parameters(GPT("untied", vocabulary, width, positions))
     heads = [route.name for route in groups.routes if route.reason == "output head"]
@@ -275,9 +267,7 @@ def test_an_untied_head_is_found_by_its_width(vocabulary: int, width: int, posit
     assert len(groups[0]["params"]) == 8
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "width", "positions"), [(64, 8, 16), (64, 8, 8), (32, 8, 8), (8, 8, 8)]
-)
+@pytest.mark.parametrize(("vocabulary", "width", "positions"), [(64, 8, 16), (64, 8, 8), (32, 8, 8), (8, 8, 8)])
 def test_no_hidden_layer_is_taken_for_the_head_of_a_model_without_one(
     vocabulary: int, width: int, positions: int
 ) -> None:
@@ -406,9 +396,7 @@ def test_weight_norm_keeps_its_direction_a_matrix_and_its_length_a_vector() -> N
     vector = "vector with dimensions of size 1"
     assert reasons["new.parametrizations.weight.original0"] == reasons["old.weight_g"] == vector
     assert reasons["new.parametrizations.weight.original1"] == reasons["old.weight_v"] == "matrix"
-    assert reasons["spectral.parametrizations.weight.original"] == (
-        "matrix, flattened to 4 x 1, stored transposed"
-    )
+    assert reasons["spectral.parametrizations.weight.original"] == ("matrix, flattened to 4 x 1, stored transposed")
     assert reasons["table.parametrizations.weight.original1"] == "embedding"
 
 
@@ -429,9 +417,7 @@ def test_frozen_parameters_are_in_no_group_but_have_templates_to_be_unfrozen_by(
         "blocks": 3,
     }
     reasons = reasons_of(groups)
-    assert reasons["backbone.wte.weight"] == (
-        "requires_grad=False; else embedding, tied to backbone.lm_head.weight"
-    )
+    assert reasons["backbone.wte.weight"] == ("requires_grad=False; else embedding, tied to backbone.lm_head.weight")
     backbone.requires_grad_(True)
     unfrozen = split_parameters(model, blocks={"*.qkv.weight": 3})
     assert unfrozen.templates == groups.templates
@@ -510,9 +496,7 @@ def test_globs_overrule_the_routing_in_both_directions() -> None:
 
 
 def test_a_single_string_is_one_glob() -> None:
-    by_string, by_tuple = (
-        split_parameters(GPT(), adamw=globs) for globs in ("*.fc.weight", ("*.fc.weight",))
-    )
+    by_string, by_tuple = (split_parameters(GPT(), adamw=globs) for globs in ("*.fc.weight", ("*.fc.weight",)))
     assert by_string.routes == by_tuple.routes
     assert groups_of(by_string)["blocks.1.fc.weight"] == "adamw"
 
@@ -520,29 +504,22 @@ def test_a_single_string_is_one_glob() -> None:
 def test_a_tied_parameter_matches_under_any_of_its_names() -> None:
     groups = split_parameters(GPT(), orthogonalize="lm_head.weight")
     assert groups_of(groups)["wte.weight"] == "matrices"
-    assert (
-        reasons_of(groups)["wte.weight"] == "glob 'lm_head.weight' in orthogonalize, tied to lm_head.weight"
-    )
+    assert reasons_of(groups)["wte.weight"] == "glob 'lm_head.weight' in orthogonalize, tied to lm_head.weight"
 
 
 def test_globs_match_cleaned_names_only() -> None:
-    assert (
-        groups_of(split_parameters(compiled(), adamw="blocks.1.fc.weight"))["blocks.1.fc.weight"] == "adamw"
-    )
+    assert groups_of(split_parameters(compiled(), adamw="blocks.1.fc.weight"))["blocks.1.fc.weight"] == "adamw"
     with pytest.raises(ValueError, match="no match"):
         split_parameters(compiled(), adamw="_orig_mod.*")
 
 
-@given(
-    globs=st.lists(st.sampled_from(["*", "blocks.*", "*.weight", "*.bias", "wte.*", "*.0.*", "*[12].fc*"]))
-)
+@given(globs=st.lists(st.sampled_from(["*", "blocks.*", "*.weight", "*.bias", "wte.*", "*.0.*", "*[12].fc*"])))
 @settings(deadline=None, max_examples=50)
 def test_adamw_globs_move_what_they_match_and_nothing_else(globs: list[str]) -> None:
     model = GPT()
     before = groups_of(split_parameters(model))
     expected = {
-        name: "adamw" if any(fnmatchcase(name, glob) for glob in globs) else group
-        for name, group in before.items()
+        name: "adamw" if any(fnmatchcase(name, glob) for glob in globs) else group for name, group in before.items()
     }
     if "matrices" in expected.values():
         assert groups_of(split_parameters(model, adamw=globs)) == expected
@@ -616,16 +593,12 @@ def test_a_glob_that_matches_nothing_names_the_nearest_parameters(keyword: str) 
 
 
 def test_a_parameter_in_both_lists_is_named_with_both_globs() -> None:
-    with pytest.raises(
-        ValueError, match=r"on blocks.0.fc.weight, but got glob '\*.fc.\*' in adamw and glob '\*fc"
-    ):
+    with pytest.raises(ValueError, match=r"on blocks.0.fc.weight, but got glob '\*.fc.\*' in adamw and glob '\*fc"):
         split_parameters(GPT(), adamw="*.fc.*", orthogonalize="*fc.weight")
 
 
 def test_a_vector_or_a_complex_parameter_cannot_be_orthogonalized() -> None:
-    with pytest.raises(
-        ValueError, match=r"'\*qkv\*' in orthogonalize .* blocks.0.qkv.bias has shape \(24,\)"
-    ):
+    with pytest.raises(ValueError, match=r"'\*qkv\*' in orthogonalize .* blocks.0.qkv.bias has shape \(24,\)"):
         split_parameters(GPT(), orthogonalize="*qkv*")
     with pytest.raises(ValueError, match=r"1.weight is complex"):
         split_parameters(ZOO["complex"](), orthogonalize="1.weight")
@@ -633,9 +606,7 @@ def test_a_vector_or_a_complex_parameter_cannot_be_orthogonalized() -> None:
 
 def test_a_module_without_a_matrix_is_refused_with_what_there_is() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3))
-    with pytest.raises(
-        ValueError, match=r"in Sequential, but got 0.weight \(embedding\), 1.weight \(norm\)"
-    ) as error:
+    with pytest.raises(ValueError, match=r"in Sequential, but got 0.weight \(embedding\), 1.weight \(norm\)") as error:
         split_parameters(model)
     assert "orthogonalize=(" in str(error.value)
     with pytest.raises(ValueError, match="got no parameters"):
@@ -695,8 +666,6 @@ def test_the_table_has_a_line_per_parameter_and_counts() -> None:
 def test_the_counts_of_the_table_cover_all_elements(build: Callable[[], nn.Module]) -> None:
     module = build()
     lines = str(split_parameters(module)).splitlines()
-    numbers = [
-        int(word.strip("(").replace(",", "")) for word in lines[-1].split() if word.strip("(")[0].isdigit()
-    ]
+    numbers = [int(word.strip("(").replace(",", "")) for word in lines[-1].split() if word.strip("(")[0].isdigit()]
     assert numbers[0] == numbers[1] + numbers[3] + numbers[5] == len(lines) - 2
     assert numbers[2] + numbers[4] + numbers[6] == sum(math.prod(p.shape) for p in module.parameters())

@@ -1,0 +1,127 @@
+"""The optimizer as a callback: for modules that cannot be edited, and from YAML."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_namo.base import OrthogonalizedOptimizer
+from lightning_namo.factory import configured, make_optimizer
+from lightning_namo.optimizers import NAMO
+from lightning_namo.param_groups import split_parameters
+from lightning_namo.schedules import WarmupStableDecay
+
+
+class OptimizerCallback(pl.Callback):
+    """Trains the module with `NAMO` or another optimizer, in place of the module's own ``configure_optimizers``.
+
+    The module need not have one. Lightning refuses such a module before any hook of a callback runs; what it does do
+    first is to hand every callback the module's ``log``. This callback takes that moment to give the module its
+    ``configure_optimizers`` for the length of the fit. Where that is too subtle, call `attach` before ``fit``.
+
+    Args:
+        optimizer: From parameter groups to an optimizer: a class such as `NAMOD` or ``torch.optim.AdamW``, or a
+            partial of one.
+        schedule: A `WarmupStableDecay`, or a callable from the optimizer to a scheduler; stepped every step.
+        adamw: Globs over parameter names that take AdamW whatever the routing says.
+        orthogonalize: Globs over parameter names that are matrices whatever the routing says.
+        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+
+    Raises:
+        RuntimeError: At the start of fit, if an optimizer's parameters are not the module's.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_namo import NAMOD
+        >>> trainer = pl.Trainer(callbacks=[OptimizerCallback(partial(NAMOD, lr=0.009))], logger=False)
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[[Any], Optimizer] = NAMO,
+        schedule: WarmupStableDecay | Callable[[Optimizer], LRScheduler] | None = None,
+        adamw: str | Sequence[str] = (),
+        orthogonalize: str | Sequence[str] = (),
+        blocks: Mapping[str, int | Sequence[int]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.adamw = adamw
+        self.orthogonalize = orthogonalize
+        self.blocks = blocks
+        self._skipped = 0
+
+    def attach(self, module: pl.LightningModule) -> None:
+        """Give a module this callback's ``configure_optimizers``, until the fit ends; warns if it has one itself."""
+        current = vars(module).get("configure_optimizers")
+        if isinstance(current, functools.partial) and current.func == self._configure:
+            return
+        if is_overridden("configure_optimizers", module):
+            rank_zero_warn(
+                f"OptimizerCallback replaces the configure_optimizers of {type(module).__name__}. Remove one of the "
+                "two to silence this."
+            )
+        module.configure_optimizers = functools.partial(self._configure, module)  # type: ignore[method-assign]
+
+    def _configure(self, module: pl.LightningModule) -> OptimizerLRScheduler:
+        groups = split_parameters(module, adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks)
+        return configured(module, groups, make_optimizer(groups, self.optimizer), self.schedule)
+
+    # Lightning assigns `callback.log = module.log` before it looks for the module's configure_optimizers.
+    @property
+    def log(self) -> Callable[..., None]:
+        """The module's ``log``, as in every callback."""
+        return self._log
+
+    @log.setter
+    def log(self, log: Callable[..., None]) -> None:
+        self._log = log
+        module = getattr(log, "__self__", None)
+        if isinstance(module, pl.LightningModule) and module.trainer.state.fn == TrainerFn.FITTING:
+            self.attach(module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse optimizers that would train nothing."""
+        theirs = {id(parameter) for parameter in pl_module.parameters()}
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if any(id(parameter) not in theirs for parameter in group["params"]):
+                    raise RuntimeError(
+                        f"Expected the parameters of {type(optimizer).__name__} to be the module's, but its group "
+                        f"{group.get('name', '')!r} holds others, and training would change nothing in the module. "
+                        "Build the optimizer from the module after it is sharded."
+                    )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say when matrices were left alone for a gradient that was not finite."""
+        every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        if trainer.global_step % every:
+            return
+        optimizers = [o for o in map(_unwrap, trainer.optimizers) if isinstance(o, OrthogonalizedOptimizer)]
+        skipped = sum(optimizer.skipped_steps() for optimizer in optimizers)
+        if skipped > self._skipped:
+            rank_zero_warn(
+                f"{skipped - self._skipped} updates of matrices were left out since step "
+                f"{max(trainer.global_step - every, 0)}: their gradients were not finite."
+            )
+        self._skipped = skipped
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module its own ``configure_optimizers`` back."""
+        vars(pl_module).pop("configure_optimizers", None)
+
+
+def _unwrap(optimizer: Any) -> Any:
+    return getattr(optimizer, "_optimizer", optimizer)

@@ -1,0 +1,127 @@
+"""From a module to its optimizer: for Lightning's ``configure_optimizers``, for Fabric and for plain PyTorch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_namo.base import OrthogonalizedOptimizer
+from lightning_namo.param_groups import ParameterGroups, split_parameters
+from lightning_namo.schedules import WarmupStableDecay
+
+Schedule: TypeAlias = WarmupStableDecay | Callable[[Optimizer], LRScheduler]
+Globs: TypeAlias = str | Sequence[str]
+Blocks: TypeAlias = Mapping[str, int | Sequence[int]]
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+def build_optimizer(
+    module: nn.Module,
+    cls: Callable[..., AnyOptimizer],
+    *,
+    adamw: Globs = (),
+    orthogonalize: Globs = (),
+    blocks: Blocks | None = None,
+    **hyper: Any,
+) -> AnyOptimizer:
+    """Split a module's parameters and build an optimizer over them.
+
+    With Fabric and FSDP2 build it after the model is sharded: ``model = fabric.setup_module(model)``, then
+    ``optimizer = build_optimizer(model, NAMO)``, then ``fabric.setup_optimizers(optimizer)``.
+
+    Args:
+        module: Whose parameters to train, as the strategy left it (wrapped or sharded).
+        cls: `NAMO`, `NAMOD`, `Muon`, `AdaMuon`, or any callable from parameter groups to an optimizer.
+        adamw: Globs over parameter names that take AdamW whatever the routing says.
+        orthogonalize: Globs over parameter names that are matrices whatever the routing says.
+        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        **hyper: Hyper-parameters of ``cls``.
+
+    Returns:
+        One optimizer over all trainable parameters.
+
+    Raises:
+        ValueError: For globs that match nothing or contradict each other, no matrix, hyper-parameters out of range.
+    """
+    groups = split_parameters(module, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
+    return make_optimizer(groups, functools.partial(cls, **hyper))
+
+
+def optimize_with(
+    cls: Callable[..., Optimizer],
+    *,
+    schedule: Schedule | None = None,
+    adamw: Globs = (),
+    orthogonalize: Globs = (),
+    blocks: Blocks | None = None,
+    **hyper: Any,
+) -> Callable[[pl.LightningModule], OptimizerLRScheduler]:
+    """Make a ``configure_optimizers`` for a LightningModule.
+
+    Args:
+        cls: `NAMO`, `NAMOD`, `Muon`, `AdaMuon`, or any callable from parameter groups to an optimizer.
+        schedule: A `WarmupStableDecay`, or a callable from the optimizer to a scheduler; stepped every step.
+        adamw: As `build_optimizer`'s.
+        orthogonalize: As `build_optimizer`'s.
+        blocks: As `build_optimizer`'s.
+        **hyper: Hyper-parameters of ``cls``.
+
+    Returns:
+        A function of the module, for the class body or to be called inside the hook.
+
+    Example:
+        >>> from lightning_namo import NAMOD
+        >>> class LitModel(pl.LightningModule):
+        ...     configure_optimizers = optimize_with(NAMOD, lr=0.009, clamp=0.1)
+    """
+
+    def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
+        groups = split_parameters(self, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
+        return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper)), schedule)
+
+    return configure_optimizers
+
+
+def configured(
+    module: pl.LightningModule, groups: ParameterGroups, optimizer: Optimizer, schedule: Schedule | None
+) -> OptimizerLRScheduler:
+    """What Lightning wants from ``configure_optimizers``; logs the routing table on rank zero.
+
+    Raises:
+        ValueError: If the schedule needs the run's length and the trainer has no limit.
+    """
+    rank_zero_info(f"{type(optimizer).__name__} trains the parameters of {type(module).__name__} so:\n{groups}")
+    if schedule is None:
+        return optimizer
+    if not isinstance(schedule, WarmupStableDecay):
+        scheduler = schedule(optimizer)
+    else:
+        total: float | None = None
+        if schedule.needs_total_steps:
+            total = module.trainer.estimated_stepping_batches
+            if math.isinf(total):
+                raise ValueError(
+                    "Expected the schedule or the trainer to limit the run, but both are open-ended. Set "
+                    "Trainer(max_steps=...) or WarmupStableDecay(total_steps=...)."
+                )
+        scheduler = schedule(optimizer, None if total is None else int(total))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def make_optimizer(groups: ParameterGroups, make: Callable[[ParameterGroups], AnyOptimizer]) -> AnyOptimizer:
+    """Build the optimizer; groups of one that knows no matrices (torch.optim.AdamW) lose the keys about them."""
+    optimizer = make(groups)
+    if not isinstance(optimizer, OrthogonalizedOptimizer):
+        for group in optimizer.param_groups:
+            for key in ("orthogonalize", "transposed", "blocks"):
+                group.pop(key, None)
+    return optimizer
