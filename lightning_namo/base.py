@@ -1,29 +1,24 @@
-"""The base of the optimizers and their only `step`.
+"""The only `step`: momentum, one sum of statistics over the ranks, orthogonalization shared out, scaled update.
 
-Momentum, one sum of statistics over the ranks, orthogonalization shared out by the exchange, scaled update. Nothing
-here asks which parallel strategy runs: a parameter's `Layout` says how its local shard lies.
+Nothing here asks which parallel strategy runs: a parameter's `Layout` says how its local shard lies.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer
 
 from lightning_namo import rules
-from lightning_namo.adamw import AdamWStep, adamw_state
-from lightning_namo.checkpoint import restore_statistics
+from lightning_namo.adamw import AdamWStep
 from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange, Matrix
-from lightning_namo.orthogonalize import newton_schulz_flops, newton_schulz_polynomials, orthogonalize
-from lightning_namo.param_groups import ParameterGroups
-from lightning_namo.regions import Layout, Region, local_gradient, local_tensor, region_of
-
-Params: TypeAlias = Iterable[Any] | ParameterGroups
+from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
+from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
+from lightning_namo.regions import Layout, local_gradient, local_tensor
 
 
 @dataclass(eq=False)
@@ -56,178 +51,21 @@ class Update:
     factor: Tensor
 
 
-class OrthogonalizedOptimizer(Optimizer):
+class OrthogonalizedOptimizer(GroupedOptimizer):
     """Base of the optimizers that orthogonalize momentum; holds the only `step`.
 
-    Parameter groups with ``orthogonalize=False`` are AdamW's. The others hold matrices: parameters of two or more
-    dimensions, flattened from dimension 1, with output features as rows unless the group says ``transposed=True``,
-    stacked by rows if it says ``blocks=k`` or ``blocks=[rows, ...]``. Any hyper-parameter can be set by group.
+    A subclass is a signature, a docstring with its formula, its extra state and its step size.
 
-    State of a matrix: ``momentum_buffer`` like the parameter; ``step``; ``skipped``, the number of steps that left it
-    alone because its gradient was not finite or came on some ranks only; and what the subclass adds. Statistics are
-    float32, or float64 for float64 parameters.
-
-    Args:
-        params: What `split_parameters` returns, or torch's usual iterables and groups.
-        matrix_defaults: Hyper-parameters of matrix groups.
-        adamw_defaults: Hyper-parameters of AdamW groups: lr, weight_decay, momentum (beta1), beta2, eps.
-
-    Raises:
-        ValueError: For hyper-parameters out of range, parameters that are no matrices, or no matrix at all.
+    Attributes:
+        bucket_bytes: Bound on the bytes of the matrices that a rank assembles at a time; about three such buckets
+            are alive at once. Set it before the first step.
     """
 
     per_column: ClassVar[bool] = False  # whether statistics are kept by column
     adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
-
-    def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
-        self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
-        self._adamw_defaults = adamw_defaults
-        self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
-        self._regions: dict[Tensor, tuple[tuple[int, ...], Region]] = {}
-        self._module: Callable[[], torch.nn.Module | None] = _no_module
-        self._planned: tuple[list[Entry], list[_Family], Exchange] | None = None
-        if isinstance(params, ParameterGroups):
-            self._templates = {p: (params.names[p], keys) for p, keys in params.templates.items()}
-            self._regions = dict(params.regions.items())
-            self._module = params.module
-        shared = {key: matrix_defaults[key] for key in ("lr", "weight_decay", "momentum")}
-        super().__init__(cast(Any, params), shared)
-        if not any(group["orthogonalize"] for group in self.param_groups):
-            raise ValueError(
-                f"Expected at least one matrix to orthogonalize but no parameter group of {type(self).__name__} has "
-                "one. Use torch.optim.AdamW, or see how split_parameters(module) routes the parameters."
-            )
-
-    # ------------------------------------------------------------------ parameter groups
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; one without ``orthogonalize`` is routed as `split_parameters` routed its parameters.
-
-        Args:
-            param_group: As torch's; ``orthogonalize=False`` for AdamW, ``name`` for curves.
-
-        Raises:
-            ValueError: For hyper-parameters out of range or parameters that are no matrices; nothing is added then.
-        """
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        bare = [p[1] if isinstance(p, tuple) else p for p in params]
-        if "orthogonalize" not in param_group and bare and all(p in self._templates for p in bare):
-            for group in self._routed(bare, param_group):
-                self.add_param_group(group)
-            return
-        is_matrix = bool(param_group.get("orthogonalize", True))
-        group = {
-            **(self._matrix_defaults if is_matrix else self._adamw_defaults),
-            **param_group,
-            "params": params,
-            "orthogonalize": is_matrix,
-        }
-        if not is_matrix and "betas" in group:  # torch's AdamW name for the two
-            group["momentum"], group["beta2"] = group.pop("betas")
-        taken = {other["name"] for other in self.param_groups}
-        name = group.get("name", "matrices" if is_matrix else "adamw")
-        group["name"] = next(n for n in (name, *(f"{name}_{k}" for k in range(2, 10**6))) if n not in taken)
-        _validate_adamw(group) if not is_matrix else self._validate(group)
-        for index, parameter in enumerate(bare):
-            label = params[index][0] if isinstance(params[index], tuple) else f"parameter {index}"
-            if is_matrix:
-                self._layout(label, parameter, group)
-        super().add_param_group(group)
-        for parameter in self.param_groups[-1]["params"]:
-            self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
-        self._planned = None
-
-    def _routed(self, params: list[Tensor], group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Split a group of mixed parameters by the routing that the optimizer was built with."""
-        named = bool(self.param_groups) and "param_names" in self.param_groups[0]
-        routed: dict[str, dict[str, Any]] = {}
-        for parameter in params:
-            label, template = self._templates[parameter]
-            target = routed.setdefault(template["name"], {**group, **template, "params": []})
-            target["params"].append((label, parameter) if named else parameter)
-        for target in routed.values():
-            if not target["orthogonalize"] and "lr" in group and self._matrix_defaults["lr"]:
-                target["lr"] = group["lr"] * self._adamw_defaults["lr"] / self._matrix_defaults["lr"]
-        return list(routed.values())
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        """Raise for hyper-parameters of a matrix group that are out of range."""
-        name = type(self).__name__
-        check(group["lr"] >= 0, name, "lr", ">= 0", group["lr"])
-        check(group["weight_decay"] >= 0, name, "weight_decay", ">= 0", group["weight_decay"])
-        check(0 <= group["momentum"] < 1, name, "momentum", "in [0, 1)", group["momentum"])
-        methods = ("newton_schulz", "svd")
-        check(
-            group["orthogonalizer"] in methods,
-            name,
-            "orthogonalizer",
-            f"one of {methods}",
-            group["orthogonalizer"],
-        )
-        scale = group["shape_scale"]
-        check(scale is None or scale > 0, name, "shape_scale", "> 0 or None", scale)
-        newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
-        if not isinstance(group["ns_coefficients"], str):  # plain containers only: groups go into checkpoints
-            polynomials = newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
-            group["ns_coefficients"] = [list(triple) for triple in polynomials]
-
-    def _layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Layout:
-        """How a parameter's shard lies; raises if it is no real matrix or its blocks do not fit."""
-        shape, region = self._regions.get(parameter) or region_of(parameter, name)
-        if len(shape) < 2:
-            raise ValueError(
-                f"Expected matrices (at least 2 dimensions) to orthogonalize but {name} has shape {shape}. Split the "
-                "parameters with split_parameters(module), or put it into a group with orthogonalize=False (AdamW)."
-            )
-        if parameter.is_complex():
-            raise ValueError(f"Expected real matrices but {name} is {parameter.dtype}. Route it to AdamW (adamw=...).")
-        layout = Layout.of(shape, region, transposed=group["transposed"], blocks=group["blocks"], name=name)
-        if local_tensor(parameter).numel() != region.numel:
-            raise ValueError(
-                f"Expected {name} to hold {region.numel} of its {shape} elements here but it holds "
-                f"{local_tensor(parameter).numel()}. Build the optimizer after the model is wrapped and sharded."
-            )
-        return layout
-
-    # ------------------------------------------------------------------ state
-
-    def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        if not group["orthogonalize"]:
-            return adamw_state(parameter)
-        dtype = statistics_dtype(parameter)
-        return {
-            "momentum_buffer": torch.zeros_like(parameter),
-            "step": torch.zeros((), dtype=dtype, device=parameter.device),
-            "skipped": torch.zeros((), dtype=dtype, device=parameter.device),
-            **self._extra_state(parameter, self._layout("a parameter", parameter, group), dtype),
-        }
-
-    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a subclass keeps besides momentum."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but statistics stay float32: torch casts all state to the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        restore_statistics(self, state_dict)
-        self._planned = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._module, self._planned = _no_module, None
-
-    def skipped_steps(self) -> int:
-        """How often a matrix was left alone for a gradient not finite, summed over matrices (reads the device)."""
-        counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
-        return int(torch.stack([count.float() for count in counts]).sum().item())
-
-    # ------------------------------------------------------------------ step
+    _planned: tuple[list[Entry], list[_Family], Exchange] | None = None
+    _planned_for: Sequence[tuple[dict[str, Any], int, str | None]] = ()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -262,14 +100,18 @@ class OrthogonalizedOptimizer(Optimizer):
         return loss
 
     def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
-        """Layouts, families and exchange: built at the first step, and again when a group was added."""
-        if self._planned is None:
+        """Layouts, families and exchange: built at the first step, and again when the groups have changed."""
+        key = [(group, len(group["params"]), group.get("orthogonalizer")) for group in self.param_groups]
+        unchanged = self._planned is not None and len(key) == len(self._planned_for)
+        if not unchanged or any(
+            a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(key, self._planned_for, strict=True)
+        ):
             self._check_module()
             entries = [
                 Entry(name, parameter, group, self._layout(name, parameter, group))
                 for group in self.param_groups
                 if group["orthogonalize"]
-                for name, parameter in zip(_names(group), group["params"], strict=True)
+                for name, parameter in zip(parameter_names(group), group["params"], strict=True)
             ]
             for parameter, state in self.state.items():
                 for key, value in state.items():
@@ -280,13 +122,15 @@ class OrthogonalizedOptimizer(Optimizer):
             ]
             exchange = Exchange(matrices, device, self.bucket_bytes)
             self._planned = entries, self._families(entries, exchange.holder_counts), exchange
+            self._planned_for = key
+        assert self._planned is not None
         return self._planned
 
     def _check_module(self) -> None:
         module = self._module()
         theirs = None if module is None else {id(p) for p in module.parameters()}
         for group in self.param_groups:
-            for name, parameter in zip(_names(group), group["params"], strict=True):
+            for name, parameter in zip(parameter_names(group), group["params"], strict=True):
                 if theirs is not None and id(parameter) not in theirs:
                     raise RuntimeError(
                         f"Expected the optimizer's parameters to be the module's, but {name} no longer is: the module "
@@ -483,22 +327,6 @@ class OrthogonalizedOptimizer(Optimizer):
             )
 
 
-def _no_module() -> None:
-    return None
-
-
-def _names(group: dict[str, Any]) -> list[str]:
-    """Parameter names of a group; numbers where torch was given none."""
-    return cast("list[str]", group.get("param_names")) or [
-        f"{group['name']}[{index}]" for index in range(len(group["params"]))
-    ]
-
-
-def statistics_dtype(parameter: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 parameters."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
-
-
 def _wire_dtype(entry: Entry) -> torch.dtype:
     """The iteration's dtype where it iterates, else the parameter's."""
     return torch.bfloat16 if entry.group["orthogonalizer"] == "newton_schulz" else entry.parameter.dtype
@@ -506,17 +334,3 @@ def _wire_dtype(entry: Entry) -> torch.dtype:
 
 def _cost(entry: Entry) -> int:
     return sum(newton_schulz_flops(shape, entry.group["ns_steps"]) for shape in entry.layout.matrix_shapes)
-
-
-def _validate_adamw(group: dict[str, Any]) -> None:
-    check(group["lr"] >= 0, "AdamW", "lr", ">= 0", group["lr"])
-    check(group["weight_decay"] >= 0, "AdamW", "weight_decay", ">= 0", group["weight_decay"])
-    check(0 <= group["momentum"] < 1, "AdamW", "betas[0]", "in [0, 1)", group["momentum"])
-    check(0 <= group["beta2"] < 1, "AdamW", "betas[1]", "in [0, 1)", group["beta2"])
-    check(group["eps"] >= 0, "AdamW", "eps", ">= 0", group["eps"])
-
-
-def check(condition: object, algorithm: str, key: str, expected: str, value: object) -> None:
-    """Raise a ValueError that names the hyper-parameter, what was expected and what came."""
-    if not condition:
-        raise ValueError(f"{algorithm}: expected {key} to be {expected} but got {value}.")

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_namo import rules
-from lightning_namo.base import Entry, OrthogonalizedOptimizer, Params, Update, check, statistics_dtype
+from lightning_namo.base import Entry, OrthogonalizedOptimizer, Update
 from lightning_namo.exchange import Exchange
+from lightning_namo.grouped import Params, check, statistics_dtype
 from lightning_namo.orthogonalize import Coefficients, Method
 from lightning_namo.regions import Layout, local_tensor
 from lightning_namo.rules import Decay

@@ -16,6 +16,8 @@ from math import inf, sqrt
 import torch
 from torch import Tensor
 
+torch.set_num_threads(1)  # the matrices of these tests are small: threads would only wait for one another
+
 Orthogonalizer = Callable[[Tensor], Tensor]
 Triple = tuple[float, float, float]
 
@@ -44,9 +46,7 @@ def polar(X: Tensor) -> Tensor:
     return U[:, :rank] @ Vh[:rank]
 
 
-def newton_schulz(
-    N: Tensor, polynomials: Sequence[Triple] = QUINTIC, dtype: torch.dtype = torch.bfloat16
-) -> Tensor:
+def newton_schulz(N: Tensor, polynomials: Sequence[Triple] = QUINTIC, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Every product and every sum rounds to dtype, as in the code that came with Muon."""
     X = N.to(dtype)
     if N.size(0) > N.size(1):
@@ -78,7 +78,7 @@ def decay_and_update(
 ) -> Tensor:
     """Take the step of size a, a number or one number for each column; the floor at 0 is NAMO-D's."""
     cap = inf if max_step is None else max_step
-    factor = 1 - lam * a.clamp(max=cap) if decay == "adaptive" else torch.tensor(1 - eta * lam)
+    factor = 1 - lam * (a.clamp(max=cap) if decay == "adaptive" else eta * torch.ones_like(a))
     return W * (factor.clamp(min=0) if a.ndim else factor) - (a * s).clamp(max=cap) * O_t
 
 
@@ -105,9 +105,7 @@ def namo(
     for t, G, N in momenta(gradients, mu1, nesterov):
         v = mu2 * v + (1 - mu2) * G.square().sum()
         alpha = sqrt(1 - mu2**t) / (1 - mu1**t) * N.norm() / (v.sqrt() + eps)
-        W = decay_and_update(
-            W, orth(N).to(W), eta * alpha, s, eta=eta, lam=lam, decay=decay, max_step=max_step
-        )
+        W = decay_and_update(W, orth(N).to(W), eta * alpha, s, eta=eta, lam=lam, decay=decay, max_step=max_step)
         yield W
 
 

@@ -1,6 +1,7 @@
 """The official code's trajectories (data/golden/README.md) against the package and against reference.py."""
 
 import json
+from functools import partial
 from itertools import pairwise
 from math import sqrt
 from pathlib import Path
@@ -75,15 +76,15 @@ def package(case):
     return trajectory
 
 
-def paper(case):
+def paper(case, orth=None, dtype=torch.float32):
     """reference.py's weights of the matrices, {name: [W_0, ..., W_6]}."""
     hyper, weights, grads = load(case)
     rule = RULES[optimizer_class(hyper)]
-    orth = reference.polar if "svd" in case else reference.newton_schulz
+    orth = orth or (reference.polar if "svd" in case else reference.newton_schulz)
     kwargs = {paper: hyper[official] for official, _, paper in NAMES if official in hyper}
     trajectory = {}
     for name in MATRICES:
-        W, gradients = weights[name][0].flatten(1), [G.flatten(1) for G in grads[name]]
+        W, *gradients = [X.flatten(1).to(dtype) for X in [weights[name][0], *grads[name]]]
         scale = {"shape_scale": CONV_SCALE} if name == "conv" else {}
         steps = rule(W, gradients, orth=orth, **{**kwargs, **scale})
         trajectory[name] = [W.view_as(weights[name][0]) for W in [W, *steps]]
@@ -109,10 +110,25 @@ def test_weights_follow_the_official_code_with_an_exact_polar_factor(case, imple
             assert relative(actual, wanted) <= 5e-5, name
 
 
-@pytest.mark.parametrize("implementation", [package, paper])
 @pytest.mark.parametrize("case", [case for case in CASES if "newton_schulz" in case])
-def test_updates_follow_the_official_code_with_newton_schulz(case, implementation):
+def test_the_plain_iteration_follows_the_official_code(case):
     _, expected, _ = load(case)
-    for name, weights in implementation(case).items():
+    for name, weights in paper(case).items():
         for actual, wanted in zip(updates(weights), updates(expected[name]), strict=True):
-            assert relative(actual, wanted) <= (2e-2 if name in MATRICES else 5e-5), name
+            assert relative(actual, wanted) <= 1.5e-2, name
+
+
+# The official iteration rounds to bfloat16 after every product and sum, which its polynomial lifts to 3 to 4e-2 of
+# an update (single steps: 7e-2), against the same iteration in float64. The package rounds less, so that it comes
+# nearer to float64 than to the official code.
+@pytest.mark.parametrize("case", [case for case in CASES if "newton_schulz" in case])
+def test_newton_schulz_follows_the_official_code_within_its_rounding(case):
+    _, official, _ = load(case)
+    exact = paper(case, partial(reference.newton_schulz, dtype=torch.float64), torch.float64)
+    actual = package(case)
+    for name in MATRICES:
+        ours, theirs, wanted = (torch.stack(updates(weights[name])) for weights in (actual, official, exact))
+        assert relative(ours, theirs) <= 5e-2, name
+        assert relative(ours, wanted) <= min(2e-2, relative(theirs, wanted)), name
+    for name in ADAMW:
+        assert relative(torch.stack(updates(actual[name])), torch.stack(updates(official[name]))) <= 5e-5, name

@@ -259,6 +259,12 @@ def test_a_head_that_comes_before_its_embedding_is_still_tied() -> None:
     assert reasons_of(groups)["head.weight"] == "output head, tied to table.weight"
 
 
+def test_a_bare_parameter_tied_to_an_embedding_is_an_output_head() -> None:
+    model = nn.ModuleDict({"table": nn.Embedding(9, 4), "body": nn.Linear(4, 4)})
+    model.register_parameter("decoder", model["table"].weight)
+    assert reasons_of(split_parameters(model))["decoder"] == "output head, tied to table.weight"
+
+
 @pytest.mark.parametrize(("vocabulary", "width", "positions"), [(64, 8, 16), (8, 8, 8), (32, 8, 8), (16, 16, 4)])
 def test_an_untied_head_is_found_by_its_width(vocabulary: int, width: int, positions: int) -> None:
     groups = split_parameters(GPT("untied", vocabulary, width, positions))

@@ -1,0 +1,213 @@
+"""An optimizer with two kinds of parameter groups, matrices and AdamW's: their keys, checks and state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from lightning_namo.adamw import adamw_state
+from lightning_namo.checkpoint import restore_statistics
+from lightning_namo.orthogonalize import newton_schulz_polynomials
+from lightning_namo.param_groups import ParameterGroups
+from lightning_namo.regions import Layout, Region, local_tensor, region_of
+
+Params: TypeAlias = Iterable[Any] | ParameterGroups
+
+
+class GroupedOptimizer(Optimizer):
+    """Parameter groups and state of the optimizers; what is done with them is in `OrthogonalizedOptimizer`.
+
+    Parameter groups with ``orthogonalize=False`` are AdamW's. The others hold matrices: parameters of two or more
+    dimensions, flattened from dimension 1, with output features as rows unless the group says ``transposed=True``,
+    stacked by rows if it says ``blocks=k`` or ``blocks=[rows, ...]``. Any hyper-parameter can be set by group.
+
+    State of a matrix: ``momentum_buffer`` like the parameter; ``step``; ``skipped``, the number of steps that left it
+    alone because its gradient was not finite or came on some ranks only; and what the subclass adds. Statistics are
+    float32, or float64 for float64 parameters.
+
+    Args:
+        params: What `split_parameters` returns, or torch's usual iterables and groups.
+        matrix_defaults: Hyper-parameters of matrix groups.
+        adamw_defaults: Hyper-parameters of AdamW groups: lr, weight_decay, momentum (beta1), beta2, eps.
+
+    Raises:
+        ValueError: For hyper-parameters out of range, parameters that are no matrices, or no matrix at all.
+    """
+
+    def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
+        self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
+        self._adamw_defaults = adamw_defaults
+        self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
+        self._regions: dict[Tensor, tuple[tuple[int, ...], Region]] = {}
+        self._module: Callable[[], torch.nn.Module | None] = _no_module
+        if isinstance(params, ParameterGroups):
+            self._templates = {p: (params.names[p], keys) for p, keys in params.templates.items()}
+            self._regions = dict(params.regions.items())
+            self._module = params.module
+        shared = {key: matrix_defaults[key] for key in ("lr", "weight_decay", "momentum")}
+        super().__init__(cast(Any, params), shared)
+        if not any(group["orthogonalize"] for group in self.param_groups):
+            raise ValueError(
+                f"Expected at least one matrix to orthogonalize but no parameter group of {type(self).__name__} has "
+                "one. Use torch.optim.AdamW, or see how split_parameters(module) routes the parameters."
+            )
+
+    # ------------------------------------------------------------------ parameter groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one without ``orthogonalize`` is routed as `split_parameters` routed its parameters.
+
+        Args:
+            param_group: As torch's; ``orthogonalize=False`` for AdamW, ``name`` for curves.
+
+        Raises:
+            ValueError: For hyper-parameters out of range or parameters that are no matrices; nothing is added then.
+        """
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        bare = [p[1] if isinstance(p, tuple) else p for p in params]
+        if "orthogonalize" not in param_group and bare and all(p in self._templates for p in bare):
+            for group in self._routed(bare, param_group):
+                self.add_param_group(group)
+            return
+        is_matrix = bool(param_group.get("orthogonalize", True))
+        group = {
+            **(self._matrix_defaults if is_matrix else self._adamw_defaults),
+            **param_group,
+            "params": params,
+            "orthogonalize": is_matrix,
+        }
+        if not is_matrix and "betas" in group:  # torch's AdamW name for the two
+            group["momentum"], group["beta2"] = group.pop("betas")
+        taken = {other["name"] for other in self.param_groups}
+        name = group.get("name", "matrices" if is_matrix else "adamw")
+        group["name"] = next(n for n in (name, *(f"{name}_{k}" for k in range(2, 10**6))) if n not in taken)
+        _validate_adamw(group) if not is_matrix else self._validate(group)
+        for index, parameter in enumerate(bare):
+            label = params[index][0] if isinstance(params[index], tuple) else f"parameter {index}"
+            if is_matrix:
+                self._layout(label, parameter, group)
+        super().add_param_group(group)
+        for parameter in self.param_groups[-1]["params"]:
+            self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
+
+    def _routed(self, params: list[Tensor], group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Split a group of mixed parameters by the routing that the optimizer was built with."""
+        named = bool(self.param_groups) and "param_names" in self.param_groups[0]
+        routed: dict[str, dict[str, Any]] = {}
+        for parameter in params:
+            label, template = self._templates[parameter]
+            target = routed.setdefault(template["name"], {**group, **template, "params": []})
+            target["params"].append((label, parameter) if named else parameter)
+        for target in routed.values():
+            if not target["orthogonalize"] and "lr" in group and self._matrix_defaults["lr"]:
+                target["lr"] = group["lr"] * self._adamw_defaults["lr"] / self._matrix_defaults["lr"]
+        return list(routed.values())
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        """Raise for hyper-parameters of a matrix group that are out of range."""
+        name = type(self).__name__
+        check(group["lr"] >= 0, name, "lr", ">= 0", group["lr"])
+        check(group["weight_decay"] >= 0, name, "weight_decay", ">= 0", group["weight_decay"])
+        check(0 <= group["momentum"] < 1, name, "momentum", "in [0, 1)", group["momentum"])
+        methods = ("newton_schulz", "svd")
+        check(
+            group["orthogonalizer"] in methods,
+            name,
+            "orthogonalizer",
+            f"one of {methods}",
+            group["orthogonalizer"],
+        )
+        scale = group["shape_scale"]
+        check(scale is None or scale > 0, name, "shape_scale", "> 0 or None", scale)
+        newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
+        if not isinstance(group["ns_coefficients"], str):  # plain containers only: groups go into checkpoints
+            polynomials = newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
+            group["ns_coefficients"] = [list(triple) for triple in polynomials]
+
+    def _layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Layout:
+        """How a parameter's shard lies; raises if it is no real matrix or its blocks do not fit."""
+        shape, region = self._regions.get(parameter) or region_of(parameter, name)
+        if len(shape) < 2:
+            raise ValueError(
+                f"Expected matrices (at least 2 dimensions) to orthogonalize but {name} has shape {shape}. Split the "
+                "parameters with split_parameters(module), or put it into a group with orthogonalize=False (AdamW)."
+            )
+        if parameter.is_complex():
+            raise ValueError(f"Expected real matrices but {name} is {parameter.dtype}. Route it to AdamW (adamw=...).")
+        layout = Layout.of(shape, region, transposed=group["transposed"], blocks=group["blocks"], name=name)
+        if local_tensor(parameter).numel() != region.numel:
+            raise ValueError(
+                f"Expected {name} to hold {region.numel} of its {shape} elements here but it holds "
+                f"{local_tensor(parameter).numel()}. Build the optimizer after the model is wrapped and sharded."
+            )
+        return layout
+
+    # ------------------------------------------------------------------ state
+
+    def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        if not group["orthogonalize"]:
+            return adamw_state(parameter)
+        dtype = statistics_dtype(parameter)
+        return {
+            "momentum_buffer": torch.zeros_like(parameter),
+            "step": torch.zeros((), dtype=dtype, device=parameter.device),
+            "skipped": torch.zeros((), dtype=dtype, device=parameter.device),
+            **self._extra_state(parameter, self._layout("a parameter", parameter, group), dtype),
+        }
+
+    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What a subclass keeps besides momentum."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but statistics stay float32: torch casts all state to the parameter's dtype."""
+        super().load_state_dict(state_dict)
+        restore_statistics(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_module", _no_module)  # torch calls this on load, too
+
+    def skipped_steps(self) -> int:
+        """How often a matrix was left alone for a gradient not finite, summed over matrices (reads the device)."""
+        counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
+        return int(torch.stack([count.float() for count in counts]).sum().item())
+
+
+def _no_module() -> None:
+    return None
+
+
+def parameter_names(group: dict[str, Any]) -> list[str]:
+    """Parameter names of a group; numbers where torch was given none."""
+    return cast("list[str]", group.get("param_names")) or [
+        f"{group['name']}[{index}]" for index in range(len(group["params"]))
+    ]
+
+
+def statistics_dtype(parameter: Tensor) -> torch.dtype:
+    """float32, or float64 for float64 parameters."""
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def _validate_adamw(group: dict[str, Any]) -> None:
+    check(group["lr"] >= 0, "AdamW", "lr", ">= 0", group["lr"])
+    check(group["weight_decay"] >= 0, "AdamW", "weight_decay", ">= 0", group["weight_decay"])
+    check(0 <= group["momentum"] < 1, "AdamW", "betas[0]", "in [0, 1)", group["momentum"])
+    check(0 <= group["beta2"] < 1, "AdamW", "betas[1]", "in [0, 1)", group["beta2"])
+    check(group["eps"] >= 0, "AdamW", "eps", ">= 0", group["eps"])
+
+
+def check(condition: object, algorithm: str, key: str, expected: str, value: object) -> None:
+    """Raise a ValueError that names the hyper-parameter, what was expected and what came."""
+    if not condition:
+        raise ValueError(f"{algorithm}: expected {key} to be {expected} but got {value}.")
