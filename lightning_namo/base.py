@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lightning_namo import rules
 from lightning_namo.adamw import AdamWStep
-from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange, Matrix
+from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
 from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
+from lightning_namo.plan import Matrix
 from lightning_namo.regions import Layout, local_gradient, local_tensor
 
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.cli import LRSchedulerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_namo.base import OrthogonalizedOptimizer
 from lightning_namo.factory import configured, make_optimizer
@@ -48,7 +48,7 @@ class OptimizerCallback(pl.Callback):
     def __init__(
         self,
         optimizer: Callable[[Any], Optimizer] = NAMO,
-        schedule: WarmupStableDecay | Callable[[Optimizer], LRScheduler] | None = None,
+        schedule: WarmupStableDecay | LRSchedulerCallable | None = None,
         adamw: str | Sequence[str] = (),
         orthogonalize: str | Sequence[str] = (),
         blocks: Mapping[str, int | Sequence[int]] | None = None,

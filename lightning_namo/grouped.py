@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, cast
 
@@ -85,7 +86,8 @@ class GroupedOptimizer(Optimizer):
             group["momentum"], group["beta2"] = group.pop("betas")
         taken = {other["name"] for other in self.param_groups}
         name = group.get("name", "matrices" if is_matrix else "adamw")
-        group["name"] = next(n for n in (name, *(f"{name}_{k}" for k in range(2, 10**6))) if n not in taken)
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        group["name"] = next(n for n in names if n not in taken)
         _validate_adamw(group) if not is_matrix else self._validate(group)
         for index, parameter in enumerate(bare):
             label = params[index][0] if isinstance(params[index], tuple) else f"parameter {index}"

@@ -119,6 +119,13 @@ def test_svd_of_a_rank_deficient_matrix_is_a_partial_isometry(shape, dtype):
     torch.testing.assert_close(Q @ Q.T @ X, X)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 8), (4, 32), (200, 16)])
+def test_svd_of_a_low_precision_matrix_is_that_of_its_values(shape, dtype):
+    X = matrix(*shape).to(dtype)
+    assert relative(orthogonalize(X, method="svd"), polar(X.double())) < 4 * torch.finfo(dtype).eps
+
+
 # --- what it takes and gives ----------------------------------------------------------------------
 
 METHODS = [{"method": "svd"}, {"dtype": torch.float64}, {"dtype": torch.float32}, {}]

@@ -66,7 +66,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, 17, 8))
         self.logit_scale = nn.Parameter(torch.tensor(1.0))
         self.patch = nn.Conv2d(3, 8, 4, 4)
-        self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=6, add_bias_kv=True)
+        self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=1, add_bias_kv=True)
         self.scale = LayerScale(8)
         self.mix = nn.Parameter(torch.zeros(8, 8))
         self.extra_embeds = nn.ParameterList([torch.zeros(4, 8)])

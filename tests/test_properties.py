@@ -97,6 +97,13 @@ def test_the_largest_step_size_climbs_from_1_to_1_68():
     assert alphas(worst_gradients(1000, 0.95, 0.99))[-1].item() == pytest.approx(1.6818, abs=1e-4)
 
 
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("cls", [NAMO, NAMOD])
+def test_averages_that_leave_the_step_size_without_a_bound_are_refused(cls, beta2):
+    with pytest.raises(ValueError, match="beta2"):
+        cls([torch.nn.Parameter(randn(4, 3))], momentum=0.95, beta2=beta2)
+
+
 @pytest.mark.parametrize(("nesterov", "first"), [(False, 1.0), (True, 1.95)])
 def test_the_first_step_size_is_one_and_1_plus_momentum_with_nesterov(nesterov, first):
     gradient = randn(1, 5, 3)

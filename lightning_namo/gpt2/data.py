@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning import LightningDataModule, Trainer
 from tokenizers import Tokenizer
@@ -47,6 +48,8 @@ class TextDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self._vocab_size = vocab_size
+        self._train_loader: TrainLoader | None = None
+        self._state: dict[str, Any] = {}
 
     @property
     def vocab_size(self) -> int:
@@ -77,14 +80,15 @@ class TextDataModule(LightningDataModule):
             prepare_speeches(self.folder)
 
     def setup(self, stage: str) -> None:
-        """Open the token files."""
+        """Open the token files, for a run from the first window on unless a state is loaded next."""
+        self._train_loader, self._state = None, {}
         self.train_windows = TokenWindows(self.folder / "train.bin", self.block_size)
         self.val_windows = TokenWindows(self.folder / "val.bin", self.block_size)
 
     def train_dataloader(self) -> TrainLoader:
-        """Return this rank's training batches, which Lightning saves and restores with the checkpoint."""
+        """Return this rank's training batches, from where a checkpoint or the last such loader left off."""
         replicas, rank = data_parallel(self.trainer)
-        return TrainLoader(
+        loader = TrainLoader(
             self.train_windows,
             self.batch_size,
             seed=self.seed,
@@ -92,11 +96,26 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             num_workers=self.num_workers,
         )
+        if state := self.state_dict():
+            loader.load_state_dict(state)
+        self._train_loader = loader
+        return loader
 
     def val_dataloader(self) -> ValidationLoader:
         """Return this rank's share of the validation set."""
         replicas, rank = data_parallel(self.trainer)
         return ValidationLoader(self.val_windows, self.batch_size, replicas, rank, self.num_workers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the training data.
+
+        Lightning saves that of the loader too, but leaves it out again when it resumes from the end of an epoch.
+        """
+        return self._state if self._train_loader is None else self._train_loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from this position with the next training loader."""
+        self._state = state_dict
 
 
 def data_parallel(trainer: Trainer | None) -> tuple[int, int]:

@@ -98,9 +98,7 @@ class WindowOrder:
 class _Loader:
     """What both loaders share. Not a DataLoader, so that Lightning puts no sampler of its own in."""
 
-    def __init__(
-        self, dataset: TokenWindows, batch_size: int, replicas: int, rank: int, num_workers: int
-    ) -> None:
+    def __init__(self, dataset: TokenWindows, batch_size: int, replicas: int, rank: int, num_workers: int) -> None:
         self.dataset = dataset
         self.batch_size = batch_size
         self.replicas = replicas
@@ -189,8 +187,7 @@ class TrainLoader(_Loader):
         for name, ours in (("windows", self.order.windows), ("seed", self.order.seed)):
             if state[name] != ours:
                 raise ValueError(
-                    f"Expected the checkpoint's data, block_size and seed: {name} is {state[name]} there."
-                    f" Got {ours}."
+                    f"Expected the checkpoint's data, block_size and seed: {name} is {state[name]} there. Got {ours}."
                 )
         self.position = state["epoch"] * self.order.windows + state["consumed"]
 

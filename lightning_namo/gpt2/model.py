@@ -47,9 +47,7 @@ class GPT2Config:
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"Expected dropout in [0, 1). Got {self.dropout}.")
         if self.n_embd % self.n_head:
-            raise ValueError(
-                f"Expected n_embd to be a multiple of n_head. Got {self.n_embd} and {self.n_head}."
-            )
+            raise ValueError(f"Expected n_embd to be a multiple of n_head. Got {self.n_embd} and {self.n_head}.")
 
     @property
     def residual_std(self) -> float:
@@ -93,8 +91,7 @@ class CausalSelfAttention(nn.Module):
         """Map `(B, T, C)` to `(B, T, C)`."""
         # The number of heads is left to -1: tensor parallelism keeps a part of them on each rank.
         q, k, v = (  # each (B, heads, T, head_size)
-            part.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-            for part in self.c_attn(x).chunk(3, dim=-1)
+            part.unflatten(-1, (-1, self.head_size)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1)
         )
         dropout = self.dropout if self.training else 0.0
         y = scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)

@@ -102,9 +102,7 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         The sum in nats, `()` in float32 or better, and the number of tokens, `()`.
     """
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    total = functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    total = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, (targets != IGNORED).sum()
 
 

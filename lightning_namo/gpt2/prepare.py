@@ -115,7 +115,7 @@ def read_documents(files: Iterable[Path], text_key: str) -> Iterator[str]:
 
 def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        yield str(path), path.read_text(encoding="utf-8")
+        yield str(path), path.read_bytes().decode("utf-8")  # read_text would change line ends
     except UnicodeDecodeError as error:
         raise ValueError(f"Expected UTF-8 in {path}. Got {error}.") from error
 
@@ -132,9 +132,7 @@ def _read_jsonl(path: Path, text_key: str) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"Expected a JSON object in {where}. Got {error}.") from error
             if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
                 got = f"the keys {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-                raise ValueError(
-                    f"Expected an object with a string under {text_key!r} in {where}. Got {got}."
-                )
+                raise ValueError(f"Expected an object with a string under {text_key!r} in {where}. Got {got}.")
             yield where, record[text_key]
 
 

@@ -39,11 +39,11 @@ class TokenThroughput(ThroughputMonitor):
     def __init__(self, window_size: PositiveInt = 20, peak_flops: PositiveFloat | None = None) -> None:
         if window_size < 2:
             raise ValueError(f"Expected window_size of at least 2. Got {window_size}.")
-        super().__init__(batch_size_fn=lambda batch: len(batch[0]), window_size=window_size)
+        super().__init__(batch_size_fn=_sequences, window_size=window_size)
         self.peak_flops = peak_flops
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Set the peak, and count the tokens of a batch that several ranks share (tensor parallelism) once."""
+        """Set the peak, and count a batch that several ranks share (tensor parallelism) once."""
         super().setup(trainer, pl_module, stage)
         replicas, _ = data_parallel(trainer)
         self.length_fn = lambda batch: batch[0].numel() * replicas // trainer.world_size
@@ -52,14 +52,18 @@ class TokenThroughput(ThroughputMonitor):
                 throughput.available_flops = self.peak_flops
 
     def rates(self) -> tuple[float | None, float | None]:
-        """Return tokens per second on all devices and the utilization, of training, as far as they are known."""
+        """Return tokens per second on all devices and the utilization in training, where known."""
         throughput = self._throughputs.get(RunningStage.TRAINING)
         metrics = throughput.compute() if throughput is not None and throughput._time else {}
         return metrics.get("items_per_sec", metrics.get("device/items_per_sec")), metrics.get("device/mfu")
 
 
+def _sequences(batch: Batch) -> int:
+    return len(batch[0])
+
+
 class RunSummary(Callback):
-    """Prints one table at the end of training: steps, tokens, time, validation and a sample of what the model writes.
+    """Prints a table at the end of training: steps, tokens, time, speed, validation, a sample of the text.
 
     Loss and perplexity are those of the last validation; speed comes from a `TokenThroughput`, if there is
     one. Tokens and time go on counting in a resumed run.
@@ -87,11 +91,11 @@ class RunSummary(Callback):
         self.seed = seed
         self._tokens = 0
         self._seconds = 0.0
-        self._started = 0.0
+        self._started: float | None = None  # not training
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run goes on from."""
-        return {"tokens": self._tokens, "seconds": self._seconds + time.perf_counter() - self._started}
+        return {"tokens": self._tokens, "seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from an earlier run."""
@@ -109,19 +113,17 @@ class RunSummary(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write a sample on all ranks, since a sharded model needs all of them, and print on the first."""
-        self._seconds += time.perf_counter() - self._started
-        self._started = time.perf_counter()
+        self._seconds, self._started = self._elapsed(), None
         text = self._write_sample(trainer, pl_module)
         if trainer.is_global_zero:
             Console().print(self._table(trainer, text))
 
+    def _elapsed(self) -> float:
+        return self._seconds + (0.0 if self._started is None else time.perf_counter() - self._started)
+
     def _write_sample(self, trainer: Trainer, pl_module: LightningModule) -> str | None:
         data = getattr(trainer, "datamodule", None)
-        if (
-            self.sample_tokens == 0
-            or not isinstance(data, TextDataModule)
-            or not isinstance(pl_module, GPT2Module)
-        ):
+        if self.sample_tokens == 0 or not isinstance(data, TextDataModule) or not isinstance(pl_module, GPT2Module):
             return None
         if not (data.folder / "tokenizer.json").is_file():
             return None  # nanoGPT's token files come without
@@ -145,7 +147,8 @@ class RunSummary(Callback):
         return str(tokenizer.decode(idx[0].tolist()))
 
     def _table(self, trainer: Trainer, text: str | None) -> Table:
-        monitor = next((c for c in trainer.callbacks if isinstance(c, TokenThroughput)), None)
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        monitor = next((c for c in callbacks if isinstance(c, TokenThroughput)), None)
         speed, utilization = (None, None) if monitor is None else monitor.rates()
         metrics = trainer.callback_metrics
         rows = {

@@ -12,8 +12,11 @@ CORPUS_SHA256 = "7fd9eab0377db1b2e9c3ef592a615d7c6f19ccb12b351931e4e442d19c37b17
 FIRST_VALIDATION_YEAR = 2015
 
 
-def load_speeches() -> tuple[list[str], list[str]]:
+def load_speeches(path: Path = CORPUS_FILE) -> tuple[list[str], list[str]]:
     """Read the speeches, oldest first.
+
+    Args:
+        path: The committed file.
 
     Returns:
         The speeches to train on, 1934 to 2014, and those to validate on, 2015 to 2021.
@@ -21,11 +24,11 @@ def load_speeches() -> tuple[list[str], list[str]]:
     Raises:
         ValueError: The file is not the one that was committed.
     """
-    packed = CORPUS_FILE.read_bytes()
+    packed = path.read_bytes()
     digest = hashlib.sha256(packed).hexdigest()
     if digest != CORPUS_SHA256:
         raise ValueError(
-            f"Expected {CORPUS_FILE} with SHA-256 {CORPUS_SHA256}. Got {digest}. Install the"
+            f"Expected {path} with SHA-256 {CORPUS_SHA256}. Got {digest}. Install the"
             " package again, or make the file with `python -m lightning_namo.gpt2.corpus.build`."
         )
     train: list[str] = []

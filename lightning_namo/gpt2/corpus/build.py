@@ -62,12 +62,8 @@ def build(tarball: Path, out: Path) -> str:
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--tarball", type=Path, help=f"{NPM_PACKAGE} as `npm pack` fetches it (default: fetch it)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=CORPUS_FILE, help="the file to write (default: the committed one)"
-    )
+    parser.add_argument("--tarball", type=Path, help=f"{NPM_PACKAGE} as `npm pack` fetches it (default: fetch it)")
+    parser.add_argument("--out", type=Path, default=CORPUS_FILE, help="the file to write (default: the committed one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         tarball = args.tarball

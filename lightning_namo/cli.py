@@ -1,0 +1,194 @@
+"""The command line: Lightning's own with a section for the optimizer, and commands that need no Trainer."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+import lightning_namo
+from lightning_namo.callbacks import OptimizerCallback
+from lightning_namo.gpt2.data import TextDataModule
+from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.gpt2.prepare import prepare
+
+PROGRAM = "lightning-namo"
+
+COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare}
+"""Commands beside Lightning's. Their parameters are options; what they return is printed."""
+
+SECTIONS = ("model", "data", "optim", "optim.optimizer")
+"""Options that take a class, or a file that may name one."""
+
+REFUSED = ("optimizer", "lr_scheduler")
+"""LightningCLI's own sections, which build an optimizer before a strategy shards the module; it would train nothing."""
+
+VOCABULARY_MULTIPLE = 64
+"""A GPT-2's vocabulary is the data's, rounded up to a multiple of this, which matrix products are faster on."""
+
+
+class Layer(ActionConfigFile):
+    """A config on top of those before it; where it names another class, that starts from its own defaults.
+
+    jsonargparse keeps every value of the last class that the new one accepts, defaults included: AdaMuon in place of
+    NAMO would get NAMO's ``lr`` and ``beta2`` (mauvilsa/jsonargparse#460).
+    """
+
+    @staticmethod
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
+        """Add a config, a file or YAML as a string, to what is parsed so far."""
+        merged = cfg.clone()
+        ActionConfigFile.apply_config(parser, merged, dest, value)
+        for section in REFUSED:
+            if section in merged:
+                raise TypeError(_refusal(f"{section}:"))
+        for key, class_path in list(cfg.items()):
+            if key.endswith(".class_path") and merged.get(key) != class_path:
+                cfg.pop(key.removesuffix(".class_path"), None)
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+
+
+class NamoCLI(LightningCLI):
+    """LightningCLI with `OptimizerCallback` as its section ``optim``.
+
+    Model and data are any LightningModule and LightningDataModule; without a class they are a GPT-2 and text, and
+    the GPT-2's vocabulary and block size follow the data where they are left at their defaults.
+
+    Args:
+        args: The arguments after the program's name.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        commands = ", ".join(f"`{PROGRAM} {name} --help`" for name in COMMANDS)
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            save_config_kwargs={"overwrite": True},  # the same folder may be run in again
+            seed_everything_default=0,
+            parser_kwargs={
+                "prog": PROGRAM,
+                "description": "Train with NAMO, NAMO-D, Muon, AdaMuon or any optimizer of torch.",
+                "epilog": f"Commands without a Trainer: {commands}.",
+            },
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=args,
+            auto_configure_optimizers=False,
+        )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Make a parser whose ``--config`` is a `Layer`."""
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=Layer, help="A YAML file. Of several, later ones win.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the section of the optimizer, and defaults for model and data."""
+        parser.add_lightning_class_args(OptimizerCallback, "optim")
+        defaults = {"model": GPT2Module, "data": TextDataModule}
+        parser.set_defaults({key: {"class_path": f"{c.__module__}.{c.__name__}"} for key, c in defaults.items()})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse, refuse LightningCLI's own optimizer, and let a GPT-2 follow its data."""
+        assert isinstance(args, list)
+        for option in args:
+            if option.startswith("--") and option.strip("-").partition("=")[0].partition(".")[0] in REFUSED:
+                parser.error(_refusal(option))
+        self.config = parser.parse_args(list(_as_layers(args)))
+        sections = self.config[self.config.subcommand]
+        _follow_data(sections.model, sections.data)
+
+    def before_fit(self) -> None:
+        """Build the optimizer on a matrix: what only its constructor refuses ends the command before the run starts."""
+        try:
+            self.config_init.fit.optim.optimizer([nn.Parameter(torch.zeros(2, 2))])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"Expected --optim.optimizer to make an optimizer. Got: {error}") from error
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; wrong input ends it with one message and exit code 2.
+
+    Args:
+        args: The arguments after the program's name; None: this process's own.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    try:
+        if arguments and arguments[0] in COMMANDS:
+            name, *options = arguments
+            result = auto_cli(COMMANDS[name], args=options, as_positional=False, prog=f"{PROGRAM} {name}")
+            print(json.dumps(result, indent=2))
+        else:
+            NamoCLI(arguments)
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        complaint = _complaint(error)
+        if complaint is None:
+            raise
+        print(f"{PROGRAM}: error: {complaint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _refusal(option: str) -> str:
+    return (
+        f"Expected the optimizer under --optim.optimizer and its schedule under --optim.schedule. Got {option}, which "
+        "would take the parameters before the strategy shards them. Example: --optim.optimizer NAMOD "
+        "--optim.optimizer.lr 0.009"
+    )
+
+
+def _as_layers(args: Iterable[str]) -> Iterator[str]:
+    """Turn ``--model X`` and the like into ``--config='{model: X}'``: a class named here is a `Layer` too."""
+    options = iter(args)
+    for option in options:
+        name, equals, value = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or name not in SECTIONS:
+            yield option
+        elif not equals and (value := next(options, "")) == "":
+            yield option  # without a value; the parser says so
+        else:
+            ours = name == "optim.optimizer" and value in lightning_namo.__all__  # torch has a Muon too
+            layer = f"lightning_namo.{value}" if ours else yaml.safe_load(value)
+            for key in reversed(name.split(".")):
+                layer = {key: layer}
+            yield f"--config={json.dumps(layer)}"
+
+
+def _follow_data(model: Namespace, data: Namespace) -> None:
+    """Set a GPT-2's vocabulary and block size, where they have their defaults, to what the data need."""
+    if not (_names(model, GPT2Module) and _names(data, TextDataModule)):
+        return
+    sizes, defaults = model.init_args, inspect.signature(GPT2Module).parameters
+    if sizes.block_size == defaults["block_size"].default:
+        sizes.block_size = data.init_args.block_size
+    if sizes.vocab_size == defaults["vocab_size"].default:
+        tokens = TextDataModule(**data.init_args.as_dict()).vocab_size
+        sizes.vocab_size = -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _names(section: Namespace, cls: type) -> bool:
+    return bool(section.class_path == f"{cls.__module__}.{cls.__name__}")
+
+
+def _complaint(error: BaseException) -> str | None:
+    """What this package or Lightning says of a wrong input, somewhere in a chain of errors; None: not about input."""
+    link: BaseException | None = error
+    while link is not None:
+        *_, (frame, _line) = traceback.walk_tb(link.__traceback__)
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package in ("lightning_namo", "lightning") and isinstance(
+            link, ValueError | OSError | MisconfigurationException
+        ):
+            return str(link)
+        link = link.__cause__ or link.__context__
+    return None

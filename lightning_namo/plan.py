@@ -1,0 +1,200 @@
+"""Who works on which matrix, and what must travel for it: pure data, computed alike on all ranks."""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from lightning_namo.regions import Region, Span
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What every rank must know of a stored matrix: the same on all ranks, but for the region.
+
+    Args:
+        name: For messages.
+        shape: Rows and columns.
+        dtype: In which it travels, as a string ("torch.bfloat16").
+        cost: Of the work on it, in any unit (FLOPs).
+        region: The part that this rank holds.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    cost: int
+    region: Region
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who owns, who sends and who receives what. Pure data, equal on all ranks.
+
+    Args:
+        owners: Rank that works on each matrix.
+        regions: For each rank, the region that it holds of each matrix.
+        senders: For each matrix, the rank that sends each of its distinct regions to the owner.
+        buckets: Matrices that travel together, in order.
+    """
+
+    owners: tuple[int, ...]
+    regions: tuple[tuple[Region, ...], ...]
+    senders: tuple[dict[Region, int], ...]
+    buckets: tuple[tuple[int, ...], ...]
+
+    def holders(self, index: int) -> list[int]:
+        """Ranks that hold a part of a matrix."""
+        return [rank for rank, regions in enumerate(self.regions) if regions[index].numel]
+
+
+def assign_owners(costs: Sequence[int], world_size: int) -> tuple[int, ...]:
+    """Owner rank of each matrix, so that the busiest rank has as little to do as whole matrices allow.
+
+    Longest first to the least loaded rank; then MULTIFIT (Coffman, Garey and Johnson 1978): bisect the load for the
+    smallest into which the matrices fit, first-fit decreasing, to within a part in a thousand.
+
+    Args:
+        costs: Cost of each matrix.
+        world_size: Number of ranks; may exceed the number of matrices.
+    """
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    best = _longest_first(costs, order, world_size)
+    low, high = max(sum(costs) / world_size, max(costs, default=0)), _busiest(costs, best)
+    while high - low > low / 1000:
+        owners = _first_fit(costs, order, world_size, (low + high) / 2)
+        if owners is None:
+            low = (low + high) / 2
+        else:
+            best, high = owners, _busiest(costs, owners)
+    return tuple(best)
+
+
+def _longest_first(costs: Sequence[int], order: Sequence[int], world_size: int) -> list[int]:
+    owners, loads = [0] * len(costs), [(0, rank) for rank in range(world_size)]
+    for index in order:
+        load, owners[index] = loads[0]
+        heapq.heapreplace(loads, (load + costs[index], owners[index]))
+    return owners
+
+
+def _first_fit(costs: Sequence[int], order: Sequence[int], world_size: int, capacity: float) -> list[int] | None:
+    owners, loads = [0] * len(costs), [0] * world_size
+    for index in order:
+        rank = next((r for r, load in enumerate(loads) if load + costs[index] <= capacity), None)
+        if rank is None:
+            return None
+        owners[index] = rank
+        loads[rank] += costs[index]
+    return owners
+
+
+def _busiest(costs: Sequence[int], owners: Sequence[int]) -> int:
+    loads: dict[int, int] = defaultdict(int)
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += cost
+    return max(loads.values(), default=0)
+
+
+def make_plan(published: Sequence[Sequence[Matrix]], bucket_bytes: int) -> Plan:
+    """Plan the exchange from what every rank published.
+
+    Args:
+        published: For each rank, its matrices, in the same order.
+        bucket_bytes: Bound on the bytes of the matrices that one rank assembles at a time; a larger matrix travels
+            alone.
+
+    Raises:
+        ValueError: If the ranks disagree on the matrices, or their regions do not make up a matrix.
+    """
+    _check_agreement(published)
+    matrices = published[0]
+    owners = assign_owners([m.cost for m in matrices], len(published))
+    regions = tuple(tuple(m.region for m in rank) for rank in published)
+    senders = tuple(_senders(matrix, index, owners[index], regions) for index, matrix in enumerate(matrices))
+    return Plan(owners, regions, senders, _buckets(matrices, owners, bucket_bytes))
+
+
+def _check_agreement(published: Sequence[Sequence[Matrix]]) -> None:
+    expected = [(m.name, m.shape, m.dtype) for m in published[0]]
+    for rank, matrices in enumerate(published):
+        found = [(m.name, m.shape, m.dtype) for m in matrices]
+        for theirs, ours in zip(expected, found, strict=False):
+            if theirs != ours:
+                raise ValueError(
+                    f"Expected the same matrices on all ranks, but rank 0 has {_describe(theirs)} where rank {rank} "
+                    f"has {_describe(ours)}. Build the same model and the same parameter groups on every rank."
+                )
+        if len(found) != len(expected):
+            longer, more = (0, expected) if len(expected) > len(found) else (rank, found)
+            raise ValueError(
+                f"Expected the same matrices on all ranks, but rank 0 has {len(expected)} and rank {rank} has "
+                f"{len(found)}: only rank {longer} has {_describe(more[min(len(found), len(expected))])}. Build the "
+                "same model and the same parameter groups on every rank."
+            )
+
+
+def _describe(key: tuple[str, tuple[int, int], str]) -> str:
+    return f"{key[0]} {key[1]} {key[2]}"
+
+
+def _senders(matrix: Matrix, index: int, owner: int, regions: tuple[tuple[Region, ...], ...]) -> dict[Region, int]:
+    """One sender for each distinct region: the owner itself if it holds it, else the holders take turns."""
+    holders: dict[Region, list[int]] = defaultdict(list)
+    for rank, of_rank in enumerate(regions):
+        if of_rank[index].numel:
+            holders[of_rank[index]].append(rank)
+    _check_cover(matrix, list(holders))
+    return {region: owner if owner in ranks else ranks[index % len(ranks)] for region, ranks in holders.items()}
+
+
+def _check_cover(matrix: Matrix, regions: list[Region]) -> None:
+    """Raise unless the distinct regions tile the matrix: runs end to end, or bands of rows cut into columns."""
+    rows, cols = matrix.shape
+    intervals: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
+    for region in regions:
+        if isinstance(region, Span):
+            intervals[0, rows].append((region.start, region.stop))
+        else:
+            intervals[region.row, region.row_end].append((region.col, region.col_end))
+    width = rows * cols if any(isinstance(region, Span) for region in regions) else cols
+    tiled = _tiles(list(intervals), rows) and all(_tiles(columns, width) for columns in intervals.values())
+    if not tiled and rows * cols:
+        raise ValueError(
+            f"Expected the shards of {matrix.name} {matrix.shape} to make up the whole matrix, but the ranks hold "
+            f"{regions}. This placement cannot be served; route the parameter to AdamW (adamw=...) or shard it "
+            "over dimension 0 or 1."
+        )
+
+
+def _tiles(intervals: list[tuple[int, int]], length: int) -> bool:
+    position = 0
+    for begin, end in sorted(intervals):
+        if begin != position:
+            return False
+        position = end
+    return position == length
+
+
+def _buckets(matrices: Sequence[Matrix], owners: tuple[int, ...], bucket_bytes: int) -> tuple[tuple[int, ...], ...]:
+    """Cut each owner's matrices, ordered by type and shape, into portions; the k-th portions make bucket k."""
+    buckets: list[tuple[int, ...]] = []
+    for dtype in sorted({m.dtype for m in matrices}):
+        portions: dict[int, list[int]] = defaultdict(list)
+        filled: dict[int, tuple[int, int]] = {}  # owner -> (portion number, bytes in it)
+        itemsize = getattr(torch, dtype.removeprefix("torch.")).itemsize
+        for index in sorted(range(len(matrices)), key=lambda i: (matrices[i].shape, i)):
+            if matrices[index].dtype != dtype:
+                continue
+            size = matrices[index].shape[0] * matrices[index].shape[1] * itemsize
+            portion, used = filled.get(owners[index], (0, 0))
+            if used and used + size > bucket_bytes:
+                portion, used = portion + 1, 0
+            portions[portion].append(index)
+            filled[owners[index]] = (portion, used + size)
+        buckets += [tuple(portions[k]) for k in sorted(portions)]
+    return tuple(buckets)

@@ -1,0 +1,156 @@
+"""What every rank of the equivalence tests does: train under a layout, gather, count what was sent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
+from lightning_namo.base import OrthogonalizedOptimizer
+from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients, whole
+
+ALGORITHMS = {"namo": NAMO, "namo_d": NAMOD, "muon": Muon, "adamuon": AdaMuon}
+VARIANTS = {  # name: (dtype, orthogonalizer)
+    "float64-exact": (torch.float64, "svd"),
+    "float32-exact": (torch.float32, "svd"),
+    "bfloat16-iteration": (torch.float32, "newton_schulz"),
+}
+STEPS = 3
+
+
+@dataclass
+class Wire:
+    """Collectives of the steps after the first, and bytes sent to other ranks."""
+
+    calls: list[str] = field(default_factory=list)
+    exchanged: int = 0
+    summed: int = 0
+
+
+@contextlib.contextmanager
+def counted(wire: Wire) -> Iterator[None]:
+    """Count what the package sends, by wrapping torch.distributed's functions (they still run)."""
+    all_to_all, all_reduce = dist.all_to_all_single, dist.all_reduce
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def counting_all_to_all(out: Tensor, inp: Tensor, outs: list[int], ins: list[int], **kw: Any) -> Any:
+        wire.calls.append("all_to_all")
+        assert ins[rank] == 0, "a rank sends nothing to itself"
+        wire.exchanged += sum(ins) * inp.element_size()
+        return all_to_all(out, inp, outs, ins, **kw)
+
+    def counting_all_reduce(tensor: Tensor, **kw: Any) -> Any:
+        wire.calls.append("all_reduce")
+        wire.summed += tensor.numel() * tensor.element_size()
+        return all_reduce(tensor, **kw)
+
+    dist.all_to_all_single, dist.all_reduce = counting_all_to_all, counting_all_reduce
+    try:
+        yield
+    finally:
+        dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+
+
+def new_module(kind: type[Odd], dtype: torch.dtype) -> Odd:
+    torch.manual_seed(0)
+    return kind().to(dtype)
+
+
+def clean(name: str) -> str:
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+
+
+def train(module: nn.Module, algorithm: str, orthogonalizer: str, blocks: Any, grads: list[Any], wire: Wire) -> Any:
+    optimizer = build_optimizer(module, ALGORITHMS[algorithm], blocks=blocks, lr=0.05, orthogonalizer=orthogonalizer)
+    optimizer.bucket_bytes = 1500  # several buckets, so that they overlap
+    for step, of_step in enumerate(grads):
+        optimizer.zero_grad()
+        module(of_step).backward()
+        with counted(wire) if step else contextlib.nullcontext():
+            optimizer.step()
+    return optimizer
+
+
+def gathered_state(optimizer: OrthogonalizedOptimizer) -> dict[str, dict[str, Tensor]]:
+    """Whole state of every matrix: parameter-shaped entries are put together from all ranks' regions."""
+    entries, _, _ = optimizer._plan()
+    result: dict[str, dict[str, Tensor]] = {}
+    for entry in entries:
+        state = {}
+        for key, value in optimizer.state[entry.parameter].items():
+            local = getattr(value, "_local_tensor", value)
+            if key != "momentum_buffer" and not (key == "v" and isinstance(optimizer, AdaMuon)):
+                state[key] = local
+                continue
+            parts = [(entry.layout.region, local.reshape(-1))]
+            if dist.is_initialized():
+                parts = [None] * dist.get_world_size()  # type: ignore[list-item]
+                dist.all_gather_object(parts, (entry.layout.region, local.reshape(-1)))
+            full = torch.full(entry.layout.stored, torch.nan, dtype=local.dtype)
+            for region, part in parts:
+                region.of(full).copy_(part.view(region.of(full).shape))
+            state[key] = full
+        result[clean(entry.name)] = state
+    return result
+
+
+def gathered_weights(module: nn.Module) -> dict[str, Tensor]:
+    sharded = isinstance(module, FSDP)
+    with FSDP.summon_full_params(module, writeback=False) if sharded else contextlib.nullcontext():
+        return {clean(name): whole(parameter).clone() for name, parameter in module.named_parameters()}
+
+
+def expected_results(variant: str) -> dict[Any, Any]:
+    """What one process, without a process group, makes of every algorithm and module."""
+    dtype, orthogonalizer = VARIANTS[variant]
+    results = {}
+    for kind in {kind for kind, _ in LAYOUTS.values()}:
+        for algorithm in ALGORITHMS:
+            module = new_module(kind, dtype)
+            grads = [prescribed_gradients(module, step) for step in range(STEPS)]
+            optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, Wire())
+            results[algorithm, kind.__name__] = gathered_weights(module), gathered_state(optimizer)
+    return results
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    if expected.numel() == 0 or torch.equal(actual, expected):
+        return 0.0
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+def compare_layouts(rank: int, variant: str, layouts: list[str], expected: dict[Any, Any]) -> dict[Any, Any]:
+    """For each algorithm and layout: largest relative errors of weights and state, what was sent, and a checksum."""
+    dtype, orthogonalizer = VARIANTS[variant]
+    answers = {}
+    for layout in layouts:
+        kind, wrap = LAYOUTS[layout]
+        plain = new_module(kind, dtype)
+        grads = [prescribed_gradients(plain, step) for step in range(STEPS)]
+        module = wrap(plain)
+        start = [getattr(p.detach(), "_local_tensor", p.detach()).clone() for p in module.parameters()]
+        for algorithm in ALGORITHMS:
+            with torch.no_grad():
+                for parameter, value in zip(module.parameters(), start, strict=True):
+                    getattr(parameter, "_local_tensor", parameter).copy_(value)
+            wire = Wire()
+            optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, wire)
+            weights, state = gathered_weights(module), gathered_state(optimizer)
+            wanted_weights, wanted_state = expected[algorithm, kind.__name__]
+            assert weights.keys() == wanted_weights.keys()
+            assert state.keys() == wanted_state.keys()
+            answers[algorithm, layout] = {
+                "weights": max(relative_error(weights[name], wanted_weights[name]) for name in weights),
+                "state": max(relative_error(state[n][k], wanted_state[n][k]) for n in state for k in wanted_state[n]),
+                "replicas": {name: value.double().sum().item().hex() for name, value in weights.items()},
+                "wire": wire,
+                "elements": sum(e.layout.stored[0] * e.layout.stored[1] for e in optimizer._plan()[0]),
+            }
+    return answers
