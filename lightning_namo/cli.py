@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli  # type: ignore[attr-defined]
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 import lightning_namo
@@ -80,6 +80,10 @@ class NamoCLI(LightningCLI):
                 "prog": PROGRAM,
                 "description": "Train with NAMO, NAMO-D, Muon, AdaMuon or any optimizer of torch.",
                 "epilog": f"Commands without a Trainer: {commands}.",
+                # An error comes with the usage, which should not be longer than a screen; --help lists the options.
+                **{
+                    name: {"usage": f"{PROGRAM} {name} [--config FILE] [--OPTION VALUE]"} for name in self.subcommands()
+                },
             },
             subclass_mode_model=True,
             subclass_mode_data=True,
@@ -88,13 +92,12 @@ class NamoCLI(LightningCLI):
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """Make a parser whose ``--config`` is a `Layer`."""
-        parser = self.parser_class(**kwargs)
-        parser.add_argument("-c", "--config", action=Layer, help="A YAML file. Of several, later ones win.")
-        return parser
+        """Make a parser without ``--config``, which only the subcommands have."""
+        return self.parser_class(**kwargs)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the section of the optimizer, and defaults for model and data."""
+        """Add ``--config`` as a `Layer`, the section of the optimizer, and defaults for model and data."""
+        parser.add_argument("-c", "--config", action=Layer, help="A YAML file. Of several, later ones win.")
         parser.add_lightning_class_args(OptimizerCallback, "optim")
         defaults = {"model": GPT2Module, "data": TextDataModule}
         parser.set_defaults({key: {"class_path": f"{c.__module__}.{c.__name__}"} for key, c in defaults.items()})

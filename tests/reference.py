@@ -24,7 +24,7 @@ Triple = tuple[float, float, float]
 PAPER = {"nesterov": False, "shape_scale": None, "max_step": None, "decay": "adaptive"}
 
 QUINTIC: list[Triple] = [(3.4445, -4.7750, 2.0315)] * 5
-POLAR_EXPRESS: list[Triple] = [  # algorithm 1 there: each minimax polynomial with a safety of 1.01
+POLAR_EXPRESS: list[Triple] = [  # algorithm 1 there, but for its further 1.01 on the norm
     (a / 1.01, b / 1.01**3, c / 1.01**5)
     for a, b, c in [
         (8.28721201814563, -23.595886519098837, 17.300387312530933),

@@ -81,7 +81,7 @@ def paper(case, orth=None, dtype=torch.float32):
     hyper, weights, grads = load(case)
     rule = RULES[optimizer_class(hyper)]
     orth = orth or (reference.polar if "svd" in case else reference.newton_schulz)
-    kwargs = {paper: hyper[official] for official, _, paper in NAMES if official in hyper}
+    kwargs = {theirs: hyper[official] for official, _, theirs in NAMES if official in hyper}
     trajectory = {}
     for name in MATRICES:
         W, *gradients = [X.flatten(1).to(dtype) for X in [weights[name][0], *grads[name]]]

@@ -92,13 +92,6 @@ def test_the_token_files_hold_the_speeches(speeches: Path) -> None:
         assert decoded == "".join(text + prepare.END_OF_TEXT for text in texts)
 
 
-def test_preparing_again_gives_the_same_files(speeches: Path, tmp_path: Path) -> None:
-    prepare.prepare_speeches(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
-    for path in tmp_path.iterdir():
-        assert path.read_bytes() == (speeches / path.name).read_bytes(), path.name
-
-
 def test_current_files_are_left_alone(speeches: Path) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in speeches.iterdir()}
     prepare.prepare_speeches(speeches)
@@ -350,15 +343,17 @@ def test_validation_takes_every_window_once_in_as_many_batches_on_every_rank(
 # The data module and its errors
 
 
-def test_the_data_module_makes_the_embedded_corpus_in_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_data_module_makes_the_same_files_again_in_the_working_directory(
+    speeches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = TextDataModule(block_size=64, batch_size=3)
     assert data.vocab_size == 4096  # before there are any files
     data.prepare_data()
     data.setup("fit")
-    assert (tmp_path / "data/sotu/train.bin").is_file()
+    made = {path.name: path.read_bytes() for path in (tmp_path / "data/sotu").iterdir()}
+    assert made == {path.name: path.read_bytes() for path in speeches.iterdir()}
+    assert sorted(made) == ["meta.json", "tokenizer.json", "train.bin", "val.bin"]
     inputs, targets = next(iter(data.train_dataloader()))
     assert inputs.shape == targets.shape == (3, 64)
     assert torch.equal(inputs[:, 1:], targets[:, :-1])

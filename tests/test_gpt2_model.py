@@ -129,13 +129,17 @@ def test_generate_depends_on_the_seed_alone_and_leaves_the_model_as_it_was() -> 
     assert model.training
 
 
-def test_generate_sees_the_last_block_size_tokens() -> None:
-    model = _small()
-    long = _ids(1, 30)
-    options = {"temperature": 0.0}
-    from_long = model.generate(long, 20, **options)
-    assert from_long.shape == (1, 50)
-    assert torch.equal(from_long[:, 30:], model.generate(long[:, -16:], 20, **options)[:, 16:])
+def test_sampling_sees_the_last_block_size_tokens() -> None:
+    model, seen = _small(), []
+
+    def forward(idx: torch.Tensor) -> torch.Tensor:
+        seen.append(idx)
+        return model(idx)
+
+    ids = sample(forward, _ids(1, 10), 20, block_size=16)
+    assert ids.shape == (1, 30)
+    for step, idx in enumerate(seen):
+        assert torch.equal(idx, ids[:, max(0, step - 6) : 10 + step])
 
 
 def test_temperature_zero_and_top_k_one_take_the_likeliest_token() -> None:

@@ -21,7 +21,7 @@ from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.loaders import WindowOrder
 from lightning_namo.gpt2.model import GPT2Config
 from lightning_namo.gpt2.module import GPT2Module, training_flops
-from lightning_namo.gpt2.prepare import prepare
+from lightning_namo.gpt2.prepare import prepare, train_tokenizer
 from lightning_namo.gpt2.summary import RunSummary, TokenThroughput
 
 BLOCK, WINDOWS, VAL_WINDOWS, BATCH = 8, 23, 7, 2
@@ -31,7 +31,7 @@ class Module(GPT2Module):
     """A tiny GPT-2 with AdamW."""
 
     def __init__(self, **changes: Any) -> None:
-        super().__init__(**{"vocab_size": 256, "block_size": BLOCK, "n_layer": 1, "n_head": 2, "n_embd": 16, **changes})
+        super().__init__(**{"vocab_size": 257, "block_size": BLOCK, "n_layer": 1, "n_head": 2, "n_embd": 16, **changes})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def _data(folder: Path, num_workers: int = 0) -> TextDataModule:
-    return TextDataModule(str(folder), BLOCK, BATCH, num_workers, seed=5, vocab_size=256)
+    return TextDataModule(str(folder), BLOCK, BATCH, num_workers, seed=5, vocab_size=257)
 
 
 def _trainer(folder: Path, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
@@ -163,16 +163,28 @@ def test_other_data_than_the_checkpoints_are_refused(folder: Path) -> None:
 
 # Two processes
 
+
+def _run(folder: Path) -> str:
+    """Run the folder's run.py, with a tokenizer beside it for the summary's sample, and return what it prints."""
+    train_tokenizer([], 257).save(str(folder / "tokenizer.json"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(folder / "run.py"), str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 SCRIPT = """
 import json, sys
 from pathlib import Path
+from lightning_namo.gpt2.summary import RunSummary
 from test_gpt2_module import Module, Recorder, _data, _save, _trainer
 
 folder = Path(sys.argv[1])
 recorder = Recorder()
 trainer = _trainer(
-    folder, recorder, _save(folder, every_n_train_steps=3), max_steps=5, devices=2, strategy="ddp",
-    enable_checkpointing=True, limit_val_batches=1.0, val_check_interval=5, check_val_every_n_epoch=None,
+    folder, recorder, RunSummary(sample_tokens=3), _save(folder, every_n_train_steps=3),
+    max_steps=5, devices=2, strategy="ddp", enable_checkpointing=True, limit_val_batches=1.0, val_check_interval=5, check_val_every_n_epoch=None,
 )
 trainer.fit(Module(), _data(folder))
 val = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -184,8 +196,7 @@ trainer.save_checkpoint(folder / "end.ckpt")
 @pytest.mark.timeout(120)
 def test_two_processes_share_the_windows_and_one_takes_over(folder: Path) -> None:
     (folder / "run.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    subprocess.run([sys.executable, str(folder / "run.py"), str(folder)], env=environment, check=True, timeout=100)
+    assert _run(folder).count("Sample") == 1  # all ranks write it, the first prints
     ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     together = [first + second for first, second in zip(*(rank["batches"] for rank in ranks), strict=True)]
     assert together == WindowOrder(WINDOWS, 5).take(0, 5 * 2 * BATCH).reshape(5, -1).tolist()
@@ -204,6 +215,45 @@ def test_two_processes_share_the_windows_and_one_takes_over(folder: Path) -> Non
     trainer = _trainer(folder, recorder, max_steps=10, limit_val_batches=0)
     trainer.fit(Module(), _data(folder), ckpt_path=str(folder / "step=3.ckpt"))
     assert np.concatenate(recorder.batches).tolist() == WindowOrder(WINDOWS, 5).take(3 * 2 * BATCH, 7 * BATCH).tolist()
+
+
+# Sharded
+
+META = """
+import sys
+from pathlib import Path
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
+from lightning_namo.gpt2.model import GPT2
+from lightning_namo.gpt2.summary import RunSummary
+from test_gpt2_module import Module, _data, _trainer
+
+class Sharded(Module):
+    def configure_model(self):
+        if "model" not in self._modules:
+            with torch.device("meta"):
+                self.model = GPT2(self.config)
+            for module in (*self.model.transformer["h"], self.model):
+                fully_shard(module, mesh=self.device_mesh["data_parallel"])
+
+folder = Path(sys.argv[1])
+trainer = _trainer(
+    folder, RunSummary(sample_tokens=3), max_steps=3, val_check_interval=3,
+    devices=2, strategy=ModelParallelStrategy(2, 1),
+)
+module = Sharded()
+trainer.fit(module, _data(folder))
+assert module.model.lm_head.weight is module.model.transformer["wte"].weight
+loss = trainer.callback_metrics["val/loss"].item()
+assert 5.0 < loss < 6.0, loss  # log 257 is 5.5
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_model_sharded_on_the_meta_device_is_initialized_tied_and_validated(folder: Path) -> None:
+    (folder / "run.py").write_text(META)
+    assert _run(folder).count("Sample") == 1
 
 
 # What is logged
@@ -237,7 +287,7 @@ def test_training_lowers_the_loss(folder: Path) -> None:
     trainer = _trainer(folder, max_epochs=8, gradient_clip_val=1.0)
     module = Module(n_embd=64, n_head=4)
     trainer.fit(module, _data(folder))
-    assert trainer.callback_metrics["train/loss"] < math.log(256) - 1
+    assert trainer.callback_metrics["train/loss"] < math.log(257) - 1
 
 
 def test_the_network_is_built_once(folder: Path) -> None:
@@ -285,7 +335,7 @@ def test_utilization_is_logged_only_where_the_peak_is_known(folder: Path, peak: 
     if peak is None:
         assert utilization is None
     else:
-        flops_per_token = training_flops(GPT2Config(256, BLOCK, 1, 2, 16)) / BLOCK
+        flops_per_token = training_flops(GPT2Config(257, BLOCK, 1, 2, 16)) / BLOCK
         assert utilization == pytest.approx(speed * flops_per_token / peak)
 
 

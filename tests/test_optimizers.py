@@ -25,7 +25,7 @@ adaptive_optimizers = pytest.mark.parametrize("cls", [NAMO, NAMOD])
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def parameter(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -39,7 +39,7 @@ def build(cls: type, dtype: torch.dtype = torch.float32, **hyper: object) -> Ort
             {"params": [parameter(6, 4, seed=1, dtype=dtype), parameter(3, 5, seed=2, dtype=dtype)]},
             {"params": [parameter(6, 5, seed=3, dtype=dtype)], "blocks": [2, 4], "name": "fused"},
             {"params": [parameter(5, seed=4, dtype=dtype)], "orthogonalize": False, "name": "biases"},
-            {"params": [parameter(7, 3, seed=5, dtype=dtype)], "orthogonalize": False, "lr": 1e-3},
+            {"params": [parameter(7, 3, seed=5, dtype=dtype)], "orthogonalize": False, "eps": 1e-6},
         ],
         **hyper,
     )
@@ -142,7 +142,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(
-    ("cls", "key"), [(cls, key) for cls in OPTIMIZERS for key in CHANGES if key in cls([parameter(2, 2)]).param_groups[0]]
+    ("cls", "key"),
+    [(cls, key) for cls in OPTIMIZERS for key in CHANGES if key in cls([parameter(2, 2)]).param_groups[0]],
 )
 def test_a_hyper_parameter_changed_between_steps_counts_from_the_next_step_on(cls, key):
     unchanged, changed = (run(cls([parameter(6, 4)]), 0, 1) for _ in range(2))
@@ -172,22 +173,19 @@ def test_layouts_are_worked_out_once_and_again_when_groups_change(cls):
 
 
 @all_optimizers
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_low_precision_follows_float64(cls, dtype, tolerance):
-    start, gradients = randn(6, 4, dtype=dtype), [randn(6, 4, seed=s, dtype=dtype) for s in range(1, 5)]
-    trajectory = {}
+    start, gradients = (0.1 * randn(6, 4)).to(dtype), [randn(6, 4, seed=s, dtype=dtype) for s in range(1, 5)]
+    weights = {}
     for kind in (dtype, torch.float64):
-        p = nn.Parameter(start.to(kind))
+        p = nn.Parameter(start.to(kind, copy=True))
         optimizer = cls([p], lr=0.1, **EXACT)
         for grad in gradients:
             p.grad = grad.to(kind)
             optimizer.step()
-        trajectory[kind] = p.detach()
-    assert trajectory[dtype].dtype == dtype
-    moved = (trajectory[torch.float64] - start).abs().max().item()
-    assert moved > 0.05
-    # of AdaMuon: the sign of a momentum near zero
-    torch.testing.assert_close(trajectory[dtype].double(), trajectory[torch.float64], rtol=0, atol=tolerance)
+        weights[kind] = p.detach()
+    assert weights[dtype].dtype == dtype
+    assert (weights[dtype] - weights[torch.float64]).norm() < tolerance * (weights[torch.float64] - start).norm()
 
 
 @all_optimizers
@@ -197,7 +195,9 @@ def test_statistics_are_float32_at_least(cls, dtype):
         kinds = {key: value.dtype for key, value in state.items()}
         assert kinds.pop("step") == (torch.float64 if dtype == torch.float64 and "skipped" in kinds else torch.float32)
         for key in ("skipped", "v"):
-            assert kinds.pop(key, torch.promote_types(dtype, torch.float32)) == torch.promote_types(dtype, torch.float32)
+            assert kinds.pop(key, torch.promote_types(dtype, torch.float32)) == torch.promote_types(
+                dtype, torch.float32
+            )
         assert set(kinds.values()) == {dtype}
 
 
@@ -263,7 +263,10 @@ def exact_run(cls: type, groups: list[dict], gradients: list[list[Tensor]]) -> l
 @all_optimizers
 @pytest.mark.parametrize("shape", [(4, 7), (7, 4), (5, 5)])
 def test_a_transposed_parameter_trains_as_its_transpose(cls, shape):
-    start, gradients = randn(*shape, dtype=torch.float64), [randn(*shape, seed=s, dtype=torch.float64) for s in (1, 2, 3)]
+    start, gradients = (
+        randn(*shape, dtype=torch.float64),
+        [randn(*shape, seed=s, dtype=torch.float64) for s in (1, 2, 3)],
+    )
     (expected,) = exact_run(cls, [{"params": [nn.Parameter(start.clone())]}], [[g] for g in gradients])
     stored = nn.Parameter(start.T.contiguous())
     (actual,) = exact_run(cls, [{"params": [stored], "transposed": True}], [[g.T.contiguous()] for g in gradients])
@@ -415,26 +418,28 @@ def test_statistics_stay_float32_when_bfloat16_parameters_load_them(cls):
             assert_same(fresh.state[p][key], trained.state[q][key])
 
 
-@all_optimizers
-def test_loading_copies_the_state_and_leaves_the_loaded_dict_alone(cls):
-    trained, fresh = run(build(cls), 0), build(cls)
-    before = copy.deepcopy(trained.state_dict())
-    fresh.load_state_dict(trained.state_dict())
-    run(fresh, 1)
-    assert_same(trained.state_dict()["state"], before["state"])
+COPIES = [
+    pytest.param(copy.deepcopy, id="deepcopy"),
+    pytest.param(lambda optimizer: pickle.loads(pickle.dumps(optimizer)), id="pickle"),
+]
 
 
 @all_optimizers
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+@pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize("steps", [0, 2])
 def test_a_copy_of_an_optimizer_goes_on_identically(cls, copied, steps):
     optimizer = run(build(cls), *range(steps))
-    optimizer.bucket_bytes = 50
     twin = copied(optimizer)
     assert not {id(p) for p in parameters(twin)} & {id(p) for p in parameters(optimizer)}
-    assert twin.bucket_bytes == 50
     run(twin, 5, 6)
     assert_same_run(twin, run(optimizer, 5, 6))
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_keeps_the_bound_on_its_buckets(copied):
+    optimizer = build(NAMO)
+    optimizer.bucket_bytes = 50
+    assert copied(optimizer).bucket_bytes == 50
 
 
 def test_a_copy_routes_new_parameters_as_the_original():
@@ -464,7 +469,10 @@ def test_a_generator_of_parameters_works(cls):
 def test_named_parameters_work(cls):
     optimizer = run(cls([("first", parameter(6, 4)), ("second", parameter(4, 4))]), 0)
     assert optimizer.param_groups[0]["param_names"] == ["first", "second"]
-    assert_same([p.detach() for p in parameters(optimizer)], [p.detach() for p in parameters(run(cls([parameter(6, 4), parameter(4, 4)]), 0))])
+    assert_same(
+        [p.detach() for p in parameters(optimizer)],
+        [p.detach() for p in parameters(run(cls([parameter(6, 4), parameter(4, 4)]), 0))],
+    )
 
 
 @all_optimizers
@@ -526,7 +534,7 @@ def test_parameters_added_later_are_routed_as_the_module_was():
 
 @all_optimizers
 @pytest.mark.parametrize("missing", range(5))
-def test_a_parameter_without_a_gradient_is_left_alone(cls, missing):
+def test_a_parameter_without_a_gradient_is_left_alone_and_no_other(cls, missing):
     optimizer, expected = run(build(cls), 0), run(build(cls), 0, 1)
     p = parameters(optimizer)[missing]
     before = snapshot(optimizer, p)
@@ -550,11 +558,10 @@ def test_a_step_without_any_gradient_changes_nothing(cls):
 
 
 @all_optimizers
-@pytest.mark.parametrize("value", [inf, -inf, nan])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("value", "dtype"), [(nan, torch.float32), (inf, torch.bfloat16), (-inf, torch.float64)])
 @pytest.mark.parametrize("bad", range(5))
 def test_a_gradient_that_is_not_finite_leaves_its_parameter_alone_and_no_other(cls, value, dtype, bad):
-    optimizer, expected = run(build(cls, dtype), 0), run(build(cls, dtype), 0, 1)
+    optimizer, expected = (run(build(cls, dtype, lr=0.1), *seeds) for seeds in ([0], [0, 1]))
     p = parameters(optimizer)[bad]
     before = snapshot(optimizer, p)
     set_gradients(optimizer, 1)
@@ -715,7 +722,9 @@ OUT_OF_RANGE_BY_CLASS += [
     for key, value in [("beta2", -0.1), ("beta2", 1.0), ("beta2", nan), ("eps", -1e-8), ("eps", nan)]
 ]
 OUT_OF_RANGE_BY_CLASS += [
-    (cls, key, value) for cls in (NAMO, NAMOD) for key, value in [("max_step", 0.0), ("max_step", -1.0), ("decay", "no")]
+    (cls, key, value)
+    for cls in (NAMO, NAMOD)
+    for key, value in [("max_step", 0.0), ("max_step", -1.0), ("decay", "no")]
 ]
 OUT_OF_RANGE_BY_CLASS += [(NAMOD, "clamp", value) for value in (-0.1, 1.1, nan, inf)]
 
@@ -782,7 +791,9 @@ def test_adamw_groups_alone_are_refused_with_the_way_out(cls):
         cls([{"params": [parameter(3)], "orthogonalize": False}])
 
 
-@pytest.mark.parametrize(("blocks", "transposed"), [(5, False), ([3, 4], False), (4, True), (0, False), ([6, 0], False)])
+@pytest.mark.parametrize(
+    ("blocks", "transposed"), [(5, False), ([3, 4], False), (4, True), (0, False), ([6, 0], False)]
+)
 def test_blocks_that_do_not_fit_are_refused(blocks, transposed):
     with refused("blocks of parameter 0"):
         NAMO([{"params": [parameter(6, 5)], "blocks": blocks, "transposed": transposed}])
@@ -799,7 +810,6 @@ def bad_groups() -> Iterator[tuple[str, object]]:
     yield "no leaf", lambda o: {"params": [parameter(3, 3) * 2]}
     yield "complex", lambda o: {"params": [parameter(3, 3, dtype=torch.complex64)]}
     yield "set", lambda o: {"params": {parameter(3, 3), parameter(4, 4)}}
-    yield "no tensor", lambda o: {"params": [3]}
     yield "no params", lambda o: {}
 
 

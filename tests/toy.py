@@ -67,10 +67,10 @@ class Resumable:
         return BATCHES
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.position %= BATCHES  # the Trainer counts, and does not exhaust the iterator
         while self.position < BATCHES:
             self.position += 1
             yield batches()[self.position - 1]
-        self.position = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

@@ -7,7 +7,6 @@ from lightning import LightningModule
 from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics import MeanMetric
 
 from lightning_namo.gpt2.data import data_parallel
 from lightning_namo.gpt2.loaders import IGNORED, Batch
@@ -50,7 +49,6 @@ class GPT2Module(LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.config = GPT2Config(vocab_size, block_size, n_layer, n_head, n_embd, bias, dropout)
-        self.val_loss = MeanMetric()
         self._batch_size = 0
 
     def configure_model(self) -> None:
@@ -71,16 +69,23 @@ class GPT2Module(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Start the sums over the validation set.
+
+        Not a metric of torchmetrics: a module filled in from the meta device leaves its state uninitialized.
+        """
+        self._val_sums = torch.zeros(2, device=self.device)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the mean over all tokens of the validation set."""
+        """Add a batch to the sums."""
         inputs, targets = batch
         total, count = cross_entropy(self(inputs), targets)
-        self.val_loss.update(total / count.clamp(min=1), weight=count)
+        self._val_sums += torch.stack((total, count))
 
     def on_validation_epoch_end(self) -> None:
         """Log the mean cross-entropy (nats per token) and the perplexity, which is exp of that mean."""
-        loss = self.val_loss.compute()  # over all ranks
-        self.val_loss.reset()
+        total, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
+        loss = total / count
         self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, prog_bar=True, sync_dist=True)
 
     @property

@@ -18,14 +18,14 @@ WORLD_SIZES = (1, 2, 3, 4)
 
 
 @functools.cache
-def expected(variant: str) -> dict[Any, Any]:
-    return expected_results(variant)
+def expected() -> dict[str, Any]:
+    return {variant: expected_results(variant) for variant in TOLERANCES}
 
 
 @functools.cache
-def answers(variant: str, world_size: int) -> list[dict[Any, Any]]:
-    """One process group serves all cases of a variant and world size."""
-    return run_ranks(compare_layouts, world_size, variant, list(LAYOUTS), expected(variant), timeout=280)
+def answers(world_size: int) -> list[dict[Any, Any]]:
+    """One process group serves all cases of a world size."""
+    return run_ranks(compare_layouts, world_size, list(LAYOUTS), expected(), timeout=280)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -33,8 +33,8 @@ def answers(variant: str, world_size: int) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_sharded_step_equals_single_process(algorithm: str, layout: str, variant: str, world_size: int) -> None:
-    for answer in answers(variant, world_size):
-        case = answer[algorithm, layout]
+    for answer in answers(world_size):
+        case = answer[variant, algorithm, layout]
         assert case["weights"] <= TOLERANCES[variant]
         assert case["state"] <= TOLERANCES[variant]
 
@@ -45,7 +45,7 @@ def test_sharded_step_equals_single_process(algorithm: str, layout: str, variant
 def test_every_rank_ends_with_the_same_weights_and_runs_the_same_collectives(
     algorithm: str, layout: str, world_size: int
 ) -> None:
-    cases = [answer[algorithm, layout] for answer in answers("bfloat16-iteration", world_size)]
+    cases = [answer["bfloat16-iteration", algorithm, layout] for answer in answers(world_size)]
     assert all(case["replicas"] == cases[0]["replicas"] for case in cases)
     assert all(case["wire"].calls == cases[0]["wire"].calls for case in cases)
     assert cases[0]["wire"].calls.count("all_reduce") >= STEPS - 1
@@ -55,7 +55,7 @@ def test_every_rank_ends_with_the_same_weights_and_runs_the_same_collectives(
 @pytest.mark.parametrize("layout", ["fsdp1", "fsdp2-even", "fsdp2-shard1"])
 @pytest.mark.parametrize("algorithm", ["namo", "namo_d", "muon"])
 def test_bytes_sent_keep_to_the_formula(algorithm: str, layout: str, world_size: int) -> None:
-    cases = [answer[algorithm, layout] for answer in answers("bfloat16-iteration", world_size)]
+    cases = [answer["bfloat16-iteration", algorithm, layout] for answer in answers(world_size)]
     R, steps, elements = world_size, STEPS - 1, cases[0]["elements"]
     formula = 2 * (R - 1) / R * elements / R * 2
     average = sum(case["wire"].exchanged for case in cases) / R / steps
@@ -65,6 +65,6 @@ def test_bytes_sent_keep_to_the_formula(algorithm: str, layout: str, world_size:
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 def test_under_ddp_only_results_travel(world_size: int) -> None:
-    cases = [answer["namo", "ddp"] for answer in answers("bfloat16-iteration", world_size)]
+    cases = [answer["bfloat16-iteration", "namo", "ddp"] for answer in answers(world_size)]
     results = (world_size - 1) * cases[0]["elements"] * 2  # each owner sends its polar factors to all others
     assert sum(case["wire"].exchanged for case in cases) == results * (STEPS - 1)

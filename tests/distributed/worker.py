@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -126,11 +127,11 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def compare_layouts(rank: int, variant: str, layouts: list[str], expected: dict[Any, Any]) -> dict[Any, Any]:
-    """For each algorithm and layout: largest relative errors of weights and state, what was sent, and a checksum."""
-    dtype, orthogonalizer = VARIANTS[variant]
+def compare_layouts(rank: int, layouts: list[str], expected: dict[str, Any]) -> dict[Any, Any]:
+    """For each variant, algorithm and layout: relative errors of weights and state, what was sent, a checksum."""
     answers = {}
-    for layout in layouts:
+    for variant, layout in itertools.product(expected, layouts):
+        dtype, orthogonalizer = VARIANTS[variant]
         kind, wrap = LAYOUTS[layout]
         plain = new_module(kind, dtype)
         grads = [prescribed_gradients(plain, step) for step in range(STEPS)]
@@ -143,10 +144,10 @@ def compare_layouts(rank: int, variant: str, layouts: list[str], expected: dict[
             wire = Wire()
             optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, wire)
             weights, state = gathered_weights(module), gathered_state(optimizer)
-            wanted_weights, wanted_state = expected[algorithm, kind.__name__]
+            wanted_weights, wanted_state = expected[variant][algorithm, kind.__name__]
             assert weights.keys() == wanted_weights.keys()
             assert state.keys() == wanted_state.keys()
-            answers[algorithm, layout] = {
+            answers[variant, algorithm, layout] = {
                 "weights": max(relative_error(weights[name], wanted_weights[name]) for name in weights),
                 "state": max(relative_error(state[n][k], wanted_state[n][k]) for n in state for k in wanted_state[n]),
                 "replicas": {name: value.double().sum().item().hex() for name, value in weights.items()},
