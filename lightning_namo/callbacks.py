@@ -59,19 +59,30 @@ class OptimizerCallback(pl.Callback):
         self.adamw = adamw
         self.orthogonalize = orthogonalize
         self.blocks = blocks
-        self._skipped = 0
+        self._own: Any = None
+        self._skipped = self._checked = 0
 
     def attach(self, module: pl.LightningModule) -> None:
         """Give a module this callback's ``configure_optimizers``, until the fit ends; warns if it has one itself."""
-        current = vars(module).get("configure_optimizers")
-        if isinstance(current, functools.partial) and current.func == self._configure:
+        if self._attached(module):
             return
         if is_overridden("configure_optimizers", module):
             rank_zero_warn(
                 f"OptimizerCallback replaces the configure_optimizers of {type(module).__name__}. Remove one of the "
                 "two to silence this."
             )
+        self._own = vars(module).get("configure_optimizers")
         module.configure_optimizers = functools.partial(self._configure, module)  # type: ignore[method-assign]
+
+    def _attached(self, module: pl.LightningModule) -> bool:
+        current = vars(module).get("configure_optimizers")
+        return isinstance(current, functools.partial) and current.func == self._configure
+
+    def _detach(self, module: pl.LightningModule) -> None:
+        if self._attached(module):
+            del module.configure_optimizers
+            if self._own is not None:
+                module.configure_optimizers = self._own  # type: ignore[method-assign]
 
     def _configure(self, module: pl.LightningModule) -> OptimizerLRScheduler:
         groups = split_parameters(module, adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks)
@@ -102,26 +113,40 @@ class OptimizerCallback(pl.Callback):
                         "Build the optimizer from the module after it is sharded."
                     )
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from here: a checkpoint brings its own count."""
+        self._skipped, self._checked = _skipped_steps(trainer), trainer.global_step
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Say when matrices were left alone for a gradient that was not finite."""
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
-        if trainer.global_step % every:
-            return
-        optimizers = [o for o in map(_unwrap, trainer.optimizers) if isinstance(o, OrthogonalizedOptimizer)]
-        skipped = sum(optimizer.skipped_steps() for optimizer in optimizers)
+        if trainer.global_step % every == 0:
+            self._report_skipped(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say it of the steps since the last report, too."""
+        self._report_skipped(trainer)
+
+    def _report_skipped(self, trainer: pl.Trainer) -> None:
+        skipped = _skipped_steps(trainer)
         if skipped > self._skipped:
             rank_zero_warn(
-                f"{skipped - self._skipped} updates of matrices were left out since step "
-                f"{max(trainer.global_step - every, 0)}: their gradients were not finite."
+                f"{skipped - self._skipped} updates of matrices were left out since step {self._checked}: their "
+                "gradients were not finite."
             )
-        self._skipped = skipped
+        self._skipped, self._checked = skipped, trainer.global_step
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the module its own ``configure_optimizers`` back: no teardown follows."""
+        self._detach(pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Give the module its own ``configure_optimizers`` back."""
-        vars(pl_module).pop("configure_optimizers", None)
+        if stage == "fit":
+            self._detach(pl_module)
 
 
-def _unwrap(optimizer: Any) -> Any:
-    return getattr(optimizer, "_optimizer", optimizer)
+def _skipped_steps(trainer: pl.Trainer) -> int:
+    return sum(o.skipped_steps() for o in trainer.optimizers if isinstance(o, OrthogonalizedOptimizer))

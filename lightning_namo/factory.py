@@ -107,7 +107,12 @@ def configured(
     else:
         total: float | None = None
         if schedule.needs_total_steps:
-            total = module.trainer.estimated_stepping_batches
+            trainer = module.trainer
+            unloaded = trainer.train_dataloader is None
+            total = trainer.estimated_stepping_batches
+            if unloaded and trainer.ckpt_path:
+                # Lightning #20550: a loader loaded this early would not get its state from the checkpoint
+                trainer.fit_loop._combined_loader = None
             if math.isinf(total):
                 raise ValueError(
                     "Expected the schedule or the trainer to limit the run, but both are open-ended. Set "

@@ -31,8 +31,11 @@ _PUBLISHED: dict[str, tuple[Triple, ...]] = {
             (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
             (3.3184196573706015, -2.488488024314874, 0.51004894012372),
             (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+            (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+            (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
         )
-    ),
+    )
+    + ((1.875, -1.25, 0.375),),
 }
 
 
@@ -155,7 +158,8 @@ def _exact_polar(batch: Tensor) -> Tensor:
     """The polar factor on the row space of each matrix; a matrix that is not finite gives zeros."""
     finite = batch.isfinite().all(dim=(-2, -1), keepdim=True)
     u, s, vh = torch.linalg.svd(torch.where(finite, batch, 0).double(), full_matrices=False)
-    cut = torch.finfo(batch.dtype).eps * max(batch.shape[-2:]) * s[..., :1]
+    eps = torch.finfo(torch.promote_types(batch.dtype, torch.float32)).eps
+    cut = eps * max(batch.shape[-2:]) * s[..., :1]
     return cast(Tensor, (u * (s > cut).unsqueeze(-2)) @ vh)
 
 

@@ -206,4 +206,4 @@ def apply_update(weight: Tensor, direction: Tensor, size: Tensor, factor: Tensor
     if weight.dtype == size.dtype:
         weight.mul_(factor).addcmul_(direction.to(weight.dtype), size, value=-1)
     else:
-        weight.copy_((weight * factor).to(size.dtype).addcmul_(direction.to(size.dtype), size, value=-1))
+        weight.copy_((weight.to(size.dtype) * factor).addcmul_(direction.to(size.dtype), size, value=-1))

@@ -46,7 +46,7 @@ class WarmupStableDecay:
 
     def __post_init__(self) -> None:
         for key, length in (("warmup", self.warmup), ("decay", self.decay)):
-            if length < 0 or (isinstance(length, float) and length > 1):
+            if not length >= 0 or (isinstance(length, float) and length > 1):
                 raise ValueError(f"Expected {key} to be steps (a whole number) or a share in [0, 1] but got {length}.")
         if not 0 <= self.floor <= 1:
             raise ValueError(f"Expected floor to be in [0, 1] but got {self.floor}.")
@@ -75,6 +75,8 @@ class WarmupStableDecay:
         if total is None and self.needs_total_steps:
             raise ValueError("Expected total_steps, since warm-up or decay are shares of the run. Pass total_steps=...")
         warmup, decay = (_steps(length, total) for length in (self.warmup, self.decay))
+        if isinstance(self.warmup, float) and isinstance(self.decay, float) and round(self.warmup + self.decay, 9) <= 1:
+            decay = min(decay, (total or 0) - warmup)  # both may have been rounded up
         if total is not None and warmup + decay > total:
             raise ValueError(f"Expected a run of at least warm-up {warmup} + decay {decay} steps but it has {total}.")
         decay_start = math.inf if total is None or not decay else total - decay

@@ -184,7 +184,8 @@ folder = Path(sys.argv[1])
 recorder = Recorder()
 trainer = _trainer(
     folder, recorder, RunSummary(sample_tokens=3), _save(folder, every_n_train_steps=3),
-    max_steps=5, devices=2, strategy="ddp", enable_checkpointing=True, limit_val_batches=1.0, val_check_interval=5, check_val_every_n_epoch=None,
+    max_steps=5, val_check_interval=5, check_val_every_n_epoch=None,
+    devices=2, strategy="ddp", enable_checkpointing=True,
 )
 trainer.fit(Module(), _data(folder))
 val = {name: value.item() for name, value in trainer.callback_metrics.items()}

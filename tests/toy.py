@@ -67,10 +67,9 @@ class Resumable:
         return BATCHES
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.position %= BATCHES  # the Trainer counts, and does not exhaust the iterator
-        while self.position < BATCHES:
+        while True:  # the Trainer counts
             self.position += 1
-            yield batches()[self.position - 1]
+            yield batches()[(self.position - 1) % BATCHES]
 
     def state_dict(self) -> dict[str, int]:
         return {"position": self.position}

@@ -1,0 +1,191 @@
+"""All ranks decide alike; what one rank cannot do ends the job with its message."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
+from tests.distributed.launch import WorkerError, run_ranks
+from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients, whole
+from tests.distributed.worker import clean, gathered_weights, new_module
+
+LEFT_ALONE, OTHER = "tall.layer.weight", "wide.layer.weight"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _no_gradient(parameter: nn.Parameter, rank: int) -> None:
+    parameter.grad = None
+
+
+def _no_gradient_on_one_rank(parameter: nn.Parameter, rank: int) -> None:
+    if rank == 1:
+        parameter.grad = None
+
+
+def _nan_on_one_rank(parameter: nn.Parameter, rank: int) -> None:
+    if rank == 1:
+        _local(parameter.grad).view(-1)[0] = torch.nan
+
+
+def _infinite_everywhere(parameter: nn.Parameter, rank: int) -> None:
+    _local(parameter.grad).fill_(torch.inf)
+
+
+SPOILED = {  # how a gradient is spoiled: (by what, is it counted)
+    "no-gradient": (_no_gradient, 0),
+    "no-gradient-on-one-rank": (_no_gradient_on_one_rank, 1),
+    "nan-on-one-rank": (_nan_on_one_rank, 1),
+    "infinite": (_infinite_everywhere, 1),
+}
+
+
+def spoil_one_step(rank: int, layouts: list[str]) -> dict[Any, Any]:
+    answers = {}
+    for layout in layouts:
+        kind, wrap = LAYOUTS[layout]
+        for spoiled, (spoil, _) in SPOILED.items():
+            for cls in (NAMO, NAMOD, AdaMuon):
+                module = wrap(new_module(kind, torch.float32))
+                optimizer = build_optimizer(module, cls, blocks=kind.blocks, lr=0.05)
+                named = {clean(name): parameter for name, parameter in module.named_parameters()}
+                grads = [prescribed_gradients(new_module(kind, torch.float32), step) for step in range(2)]
+                module(grads[0]).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                module(grads[1]).backward()
+                spoil(named[LEFT_ALONE], rank)
+                before = {name: _local(parameter.detach()).clone() for name, parameter in named.items()}
+                state = {k: _local(v).clone() for k, v in optimizer.state[named[LEFT_ALONE]].items()}
+                optimizer.step()
+                after = optimizer.state[named[LEFT_ALONE]]
+                answers[layout, spoiled, cls.__name__] = {
+                    "weight": torch.equal(before[LEFT_ALONE], _local(named[LEFT_ALONE].detach())),
+                    "state": all(torch.equal(state[k], _local(after[k])) for k in state if k != "skipped"),
+                    "skipped": int(after["skipped"] - state["skipped"]),
+                    "others": not torch.equal(whole(named[OTHER]), grads[0]["wide"]["weight"])
+                    and (before[OTHER].numel() == 0 or not torch.equal(before[OTHER], _local(named[OTHER].detach()))),
+                }
+    return answers
+
+
+@functools.cache
+def spoiled_answers() -> list[dict[Any, Any]]:
+    return run_ranks(spoil_one_step, 2, ["ddp", "fsdp1", "fsdp2-uneven"], timeout=200)
+
+
+@pytest.mark.parametrize("cls", ["NAMO", "NAMOD", "AdaMuon"])
+@pytest.mark.parametrize("spoiled", SPOILED)
+@pytest.mark.parametrize("layout", ["ddp", "fsdp1", "fsdp2-uneven"])
+def test_a_spoiled_gradient_leaves_its_matrix_alone_on_all_ranks_and_no_other(
+    layout: str, spoiled: str, cls: str
+) -> None:
+    for answer in spoiled_answers():
+        case = answer[layout, spoiled, cls]
+        assert case["weight"]
+        assert case["state"]
+        assert case["skipped"] == SPOILED[spoiled][1]
+        assert case["others"]
+
+
+def poison_adamw(rank: int) -> tuple[bool, bool]:
+    module = new_module(Odd, torch.float32)
+    LAYOUTS["fsdp2-uneven"][1](module)
+    optimizer = build_optimizer(module, NAMO, lr=0.05)
+    module(prescribed_gradients(new_module(Odd, torch.float32), 0)).backward()
+    bias, weight = module.tall.layer.bias, module.tall.layer.weight
+    if rank == 1:
+        _local(bias.grad)[0] = torch.nan
+    before = _local(bias.detach()).clone(), _local(weight.detach()).clone()
+    optimizer.step()
+    return torch.equal(before[0], _local(bias.detach())), torch.equal(before[1], _local(weight.detach()))
+
+
+def test_an_adamw_gradient_not_finite_on_one_rank_stops_adamw_on_all_ranks_and_no_matrix() -> None:
+    assert run_ranks(poison_adamw, 2) == [(True, False), (True, False)]
+
+
+def differing_parameters(rank: int) -> None:
+    layers = [nn.Linear(4, 4, bias=False), nn.Linear(4, 6, bias=False)] + [nn.Linear(6, 6, bias=False)] * rank
+    module = nn.Sequential(*layers)
+    optimizer = build_optimizer(module, NAMO)
+    for parameter in module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def test_a_parameter_set_that_differs_between_ranks_is_named_at_the_first_step() -> None:
+    with pytest.raises(WorkerError, match=r"(?s)hanging ranks \[\].*rank 0 has 2 and rank 1 has 3: only rank 1 has 2"):
+        run_ranks(differing_parameters, 2, timeout=60)
+
+
+def failing_rank(rank: int) -> None:
+    module = DistributedDataParallel(new_module(Odd, torch.float32))
+    optimizer = build_optimizer(module, NAMO)
+    for step in range(3):
+        module(prescribed_gradients(new_module(Odd, torch.float32), step)).backward()
+        if rank == 1 and step == 1:
+            weight = next(p for p in module.parameters() if p.dim() == 2)
+            weight.grad = weight.grad.to_sparse()
+        optimizer.step()
+
+
+def test_a_failure_on_one_rank_ends_the_job_with_its_message() -> None:
+    with pytest.raises(WorkerError, match=r"(?s)hanging ranks \[\].*Expected a dense gradient"):
+        run_ranks(failing_rank, 2, timeout=100)
+
+
+def built_before_sharding(rank: int) -> None:
+    module = new_module(Odd, torch.float32)
+    optimizer = build_optimizer(module, NAMO)
+    for child in module.children():
+        fully_shard(child)
+    fully_shard(module)
+    module(prescribed_gradients(new_module(Odd, torch.float32), 0)).backward()
+    optimizer.step()
+
+
+def test_an_optimizer_built_before_sharding_is_refused() -> None:
+    with pytest.raises(WorkerError, match="the module was sharded or replaced after the optimizer was built"):
+        run_ranks(built_before_sharding, 2, timeout=60)
+
+
+def sharded_over_a_third_dimension(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    module = nn.Conv2d(4, 4, 2)
+    module.weight = nn.Parameter(distribute_tensor(module.weight.detach(), mesh, [Shard(2)]))
+    build_optimizer(module, NAMO)
+
+
+def test_a_placement_that_cannot_be_served_is_named() -> None:
+    with pytest.raises(WorkerError, match=r"Expected weight \(4, 4, 2, 2\) to be replicated or sharded over dimension"):
+        run_ranks(sharded_over_a_third_dimension, 2, timeout=60)
+
+
+def gathered_after_a_step(rank: int) -> bool:
+    """More ranks than matrices, one of which owns nothing."""
+    module = nn.Linear(5, 3)
+    torch.manual_seed(0)
+    module = fully_shard(nn.Sequential(module))
+    optimizer = build_optimizer(module, NAMO)
+    before = whole(next(module.parameters())).clone()
+    module(torch.ones(2, 5)).sum().backward()
+    optimizer.step()
+    return not torch.equal(before, gathered_weights(module)["0.weight"])
+
+
+def test_more_ranks_than_matrices_work() -> None:
+    assert run_ranks(gathered_after_a_step, 4) == [True] * 4
