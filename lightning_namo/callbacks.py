@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 
 from lightning_namo.base import OrthogonalizedOptimizer
-from lightning_namo.factory import configured, make_optimizer
+from lightning_namo.factory import configured, make_optimizer, wrapped
 from lightning_namo.optimizers import NAMO
 from lightning_namo.param_groups import split_parameters
 from lightning_namo.schedules import WarmupStableDecay
@@ -85,7 +85,9 @@ class OptimizerCallback(pl.Callback):
                 module.configure_optimizers = self._own  # type: ignore[method-assign]
 
     def _configure(self, module: pl.LightningModule) -> OptimizerLRScheduler:
-        groups = split_parameters(module, adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks)
+        groups = split_parameters(
+            wrapped(module), adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks
+        )
         return configured(module, groups, make_optimizer(groups, self.optimizer), self.schedule)
 
     # Lightning assigns `callback.log = module.log` before it looks for the module's configure_optimizers.

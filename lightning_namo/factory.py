@@ -85,7 +85,7 @@ def optimize_with(
     """
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
-        groups = split_parameters(self, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
+        groups = split_parameters(wrapped(self), adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
         return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper)), schedule)
 
     return configure_optimizers
@@ -120,6 +120,13 @@ def configured(
                 )
         scheduler = schedule(optimizer, None if total is None else int(total))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def wrapped(module: pl.LightningModule) -> nn.Module:
+    """The module as the trainer's strategy wrapped it: FSDP1's outermost unit knows the shapes, and lies outside."""
+    trainer = getattr(module, "_trainer", None)
+    root = None if trainer is None else trainer.strategy.model
+    return root if isinstance(root, nn.Module) and any(m is module for m in root.modules()) else module
 
 
 def make_optimizer(groups: ParameterGroups, make: Callable[[ParameterGroups], AnyOptimizer]) -> AnyOptimizer:

