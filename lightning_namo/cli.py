@@ -71,6 +71,12 @@ class NamoCLI(LightningCLI):
 
     def __init__(self, args: list[str]) -> None:
         commands = ", ".join(f"`{PROGRAM} {name} --help`" for name in COMMANDS)
+        # An error comes with the usage, which should not fill a screen; --help lists the options. No abbreviations:
+        # a mistyped option must not pass for another one.
+        subparsers = {
+            name: {"usage": f"{PROGRAM} {name} [--config FILE] [--OPTION VALUE]", "allow_abbrev": False}
+            for name in self.subcommands()
+        }
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -80,10 +86,8 @@ class NamoCLI(LightningCLI):
                 "prog": PROGRAM,
                 "description": "Train with NAMO, NAMO-D, Muon, AdaMuon or any optimizer of torch.",
                 "epilog": f"Commands without a Trainer: {commands}.",
-                # An error comes with the usage, which should not be longer than a screen; --help lists the options.
-                **{
-                    name: {"usage": f"{PROGRAM} {name} [--config FILE] [--OPTION VALUE]"} for name in self.subcommands()
-                },
+                "allow_abbrev": False,
+                **subparsers,
             },
             subclass_mode_model=True,
             subclass_mode_data=True,

@@ -23,7 +23,9 @@ from lightning_namo.gpt2.module import GPT2Module
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = f"--config={CONFIGS / 'quickstart.yaml'}"
-Fit = Callable[..., pl.Trainer]
+SMALL = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")
+QUIET = ("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
+Fit = Callable[..., Any]
 
 
 class Toy(pl.LightningModule):
@@ -228,7 +230,7 @@ def test_a_module_of_the_user_s_own_takes_the_model_s_place(fit: Fit) -> None:
     ],
 )
 def test_a_gpt2_follows_its_data_unless_told_otherwise(fit: Fit, options: list[str], sizes: tuple[int, int]) -> None:
-    _, model, data = fit("--model.n_layer=1", *options)
+    _, model, data = fit(*SMALL, *options)
     assert isinstance(model, GPT2Module)
     assert isinstance(data, TextDataModule)
     assert (model.config.vocab_size, model.config.block_size) == sizes
@@ -237,7 +239,7 @@ def test_a_gpt2_follows_its_data_unless_told_otherwise(fit: Fit, options: list[s
 def test_runs_are_seeded_unless_told_otherwise(fit: Fit) -> None:
     draws = []
     for seed in ([], [], ["--seed_everything=1"]):
-        fit("--model.n_layer=1", *seed)
+        fit(*SMALL, *seed)
         draws.append(torch.rand(()).item())
     assert draws[0] == draws[1] != draws[2]
 
@@ -292,7 +294,7 @@ OURS = "--optim.optimizer=NAMOD"
         ),
         (["--optim.schedule.warmup=1.5"], "a share in [0, 1] but got 1.5"),
         (["--optim.schedule.warm=3"], "Option 'warm' is not accepted"),
-        (["--optim.adamw=*.nothing", "--model.n_layer=1"], "Expected '*.nothing' in adamw to match a parameter"),
+        (["--optim.adamw=*.nothing"], "Expected '*.nothing' in adamw to match a parameter"),
         (
             ["--optim.schedule.warmup=9", "--trainer.max_steps=5", "--optim.schedule.decay=0.1"],
             "Expected a run of at least",
@@ -309,22 +311,21 @@ OURS = "--optim.optimizer=NAMOD"
         (["--trainer.max_step=3"], "max_step"),
         (["--trainer.accelerator=abacus"], "abacus"),
         (["--model.n_embd=0"], "0 does not conform to restriction v>0"),
-        (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 768 and 5."),
+        (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
         (["--model=Unknown"], "Unknown"),
         (["--data.data_dir=nowhere"], "Expected nowhere/meta.json"),
         (
-            ["--data.data_dir=nowhere", "--data.vocab_size=9", "--model.n_layer=1"],
+            ["--data.data_dir=nowhere", "--data.vocab_size=9"],
             "Expected token ids in nowhere/train.bin",
         ),
-        (["--ckpt_path=nowhere.ckpt", "--model.n_layer=1"], "nowhere.ckpt"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_wrong_input_to_fit_is_one_clear_message(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-    assert message in refused(capsys, "fit", *quiet, *options)
+    assert message in refused(capsys, "fit", *QUIET, *SMALL, *options)
 
 
 @pytest.mark.parametrize(
@@ -347,9 +348,8 @@ def test_wrong_input_to_prepare_is_one_clear_message(
 
 
 def test_a_bug_in_the_user_s_module_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    quiet = ["--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
     with pytest.raises(ValueError, match="a bug of the user's own"):
-        main(["fit", *quiet, f"--model={__name__}.Toy", f"--data={__name__}.NoData", "--trainer.max_steps=1"])
+        main(["fit", *QUIET, f"--model={__name__}.Toy", f"--data={__name__}.NoData", "--trainer.max_steps=1"])
 
 
 class NoData(pl.LightningDataModule):

@@ -49,7 +49,7 @@ class Run:
 def run(folder: Path, *options: str) -> Run:
     script = Path(sys.executable).with_name("lightning-namo")
     command = [str(script), "fit", "--config", str(CONFIG), *SHORT, *options]
-    environment = os.environ | {"COLUMNS": "120"}
+    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}  # threads cost more than they bring here
     done = subprocess.run(
         command, cwd=folder, env=environment, timeout=280, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )

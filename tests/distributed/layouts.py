@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -37,7 +38,7 @@ class Probe(nn.Module):
 class Odd(nn.Module):
     """Uneven over 2, 3 and 4 ranks: fewer rows than ranks, convolutions, transposed storage, fused blocks."""
 
-    blocks = {"fused.layer.weight": [9, 5, 5]}
+    blocks: ClassVar[dict[str, int | list[int]]] = {"fused.layer.weight": [9, 5, 5]}
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class Odd(nn.Module):
 class Even(Odd):
     """Divides evenly over 2, 3 and 4 ranks in both dimensions, as Shard(1) demands."""
 
-    blocks = {"fused.layer.weight": 3}
+    blocks: ClassVar[dict[str, int | list[int]]] = {"fused.layer.weight": 3}
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
