@@ -66,7 +66,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     _planned: tuple[list[Entry], list[_Family], Exchange] | None = None
-    _planned_for: Sequence[tuple[dict[str, Any], int, str | None]] = ()
+    _planned_for: Sequence[tuple[int, int, str | None]] = ()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -102,11 +102,8 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
     def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
         """Layouts, families and exchange: built at the first step, and again when the groups have changed."""
-        key = [(group, len(group["params"]), group.get("orthogonalizer")) for group in self.param_groups]
-        unchanged = self._planned is not None and len(key) == len(self._planned_for)
-        if not unchanged or any(
-            a[0] is not b[0] or a[1:] != b[1:] for a, b in zip(key, self._planned_for, strict=True)
-        ):
+        planned_for = [(id(group), len(group["params"]), group.get("orthogonalizer")) for group in self.param_groups]
+        if self._planned is None or planned_for != self._planned_for:
             self._check_module()
             entries = [
                 Entry(name, parameter, group, self._layout(name, parameter, group))
@@ -123,8 +120,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             ]
             exchange = Exchange(matrices, device, self.bucket_bytes)
             self._planned = entries, self._families(entries, exchange.holder_counts), exchange
-            self._planned_for = key
-        assert self._planned is not None
+            self._planned_for = planned_for
         return self._planned
 
     def _check_module(self) -> None:

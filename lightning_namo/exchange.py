@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -78,6 +79,12 @@ class Exchange:
     def shared(self) -> bool:
         """Whether other ranks take part, so that all must take part in the same matrices."""
         return self.world_size > 1
+
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes that this rank sends in one `map` over all matrices."""
+        sends = (send for leg in self._ways_in + self._ways_back for send in leg.sends)
+        return sum(region.numel * _dtype(self.matrices[index]).itemsize for _, index, region in sends)
 
     def contributes(self, index: int) -> bool:
         """Whether this rank's shard of a matrix counts in sums: replicas count once."""
@@ -166,7 +173,7 @@ class Exchange:
         return own, in_flight
 
     def _start(self, leg: _Leg, pieces: list[Tensor], bucket: list[int]) -> _InFlight:
-        dtype = getattr(torch, self.matrices[bucket[0]].dtype.removeprefix("torch.")) if bucket else torch.float32
+        dtype = _dtype(self.matrices[bucket[0]]) if bucket else torch.float32
         if not leg.needed:
             nothing = torch.empty(0, dtype=dtype, device=self.device)
             return _InFlight(leg, None, nothing, nothing)
@@ -210,6 +217,10 @@ class Exchange:
             local[index] = piece
         empty = torch.empty(0, device=self.device)
         return [(index, local.get(index, empty)) for index in bucket]
+
+
+def _dtype(matrix: Matrix) -> torch.dtype:
+    return cast(torch.dtype, getattr(torch, matrix.dtype.removeprefix("torch.")))
 
 
 def _peer(item: tuple[int, int, Region]) -> int:

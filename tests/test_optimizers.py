@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator
 from math import inf, nan
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from toy import assert_same
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, split_parameters
 from lightning_namo.base import OrthogonalizedOptimizer
+from lightning_namo.types import NonNegativeFloat
 
 OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
 EXACT = {"orthogonalizer": "svd"}
@@ -395,6 +397,16 @@ def test_state_dicts_are_plain_enough_for_weights_only(cls, coefficients):
     fresh = cls(split_parameters(Fused(), blocks={"qkv.weight": (2, 4, 6)}))
     fresh.load_state_dict(loaded)
     assert_same(fresh, optimizer)
+
+
+@all_optimizers
+@pytest.mark.parametrize("number", [numpy.float64, NonNegativeFloat], ids=["numpy", "command line"])
+def test_numbers_of_other_types_become_plain(cls, number):
+    optimizer = build(cls, lr=number(0.02), momentum=number(0.5), adamw_betas=(number(0.8), number(0.9)))
+    optimizer.add_param_group({"params": [parameter(3, 3)], "lr": number(0.03), "weight_decay": number(0.3)})
+    groups = through_a_file(optimizer.state_dict())["param_groups"]
+    assert [group["lr"] for group in groups] == [0.02] * 4 + [0.03]
+    assert {type(value) for group in groups for value in group.values()} <= {bool, int, float, str, list, type(None)}
 
 
 @all_optimizers

@@ -49,6 +49,7 @@ def test_every_rank_ends_with_the_same_weights_and_runs_the_same_collectives(
     assert all(case["replicas"] == cases[0]["replicas"] for case in cases)
     assert all(case["wire"].calls == cases[0]["wire"].calls for case in cases)
     assert cases[0]["wire"].calls.count("all_reduce") >= STEPS - 1
+    assert set(cases[0]["wire"].calls) == {"all_reduce", "all_to_all"}  # the plan was made at the first step
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])

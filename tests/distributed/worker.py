@@ -38,7 +38,7 @@ class Wire:
 @contextlib.contextmanager
 def counted(wire: Wire) -> Iterator[None]:
     """Count what the package sends, by wrapping torch.distributed's functions (they still run)."""
-    all_to_all, all_reduce = dist.all_to_all_single, dist.all_reduce
+    all_to_all, all_reduce, all_gather = dist.all_to_all_single, dist.all_reduce, dist.all_gather_object
     rank = dist.get_rank() if dist.is_initialized() else 0
 
     def counting_all_to_all(out: Tensor, inp: Tensor, outs: list[int], ins: list[int], **kw: Any) -> Any:
@@ -52,11 +52,16 @@ def counted(wire: Wire) -> Iterator[None]:
         wire.summed += tensor.numel() * tensor.element_size()
         return all_reduce(tensor, **kw)
 
+    def counting_all_gather(*args: Any, **kw: Any) -> Any:
+        wire.calls.append("all_gather_object")
+        return all_gather(*args, **kw)
+
     dist.all_to_all_single, dist.all_reduce = counting_all_to_all, counting_all_reduce
+    dist.all_gather_object = counting_all_gather
     try:
         yield
     finally:
-        dist.all_to_all_single, dist.all_reduce = all_to_all, all_reduce
+        dist.all_to_all_single, dist.all_reduce, dist.all_gather_object = all_to_all, all_reduce, all_gather
 
 
 def new_module(kind: type[Odd], dtype: torch.dtype) -> Odd:
