@@ -35,7 +35,7 @@ class AdamWStep:
 
     def __init__(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
         self._state = state
-        self._groups = [group for group in groups if not group["orthogonalize"]]
+        self._groups = [group for group in groups if not group["orthogonalize"] and group["params"]]
         self._present = [
             [(p, g) for p in group["params"] if (g := local_gradient("an AdamW parameter", p)) is not None]
             for group in self._groups

@@ -66,7 +66,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     _planned: tuple[list[Entry], list[_Family], Exchange] | None = None
-    _planned_for: Sequence[tuple[int, int, str | None]] = ()
+    _planned_for: Sequence[tuple[Any, ...]] = ()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -102,7 +102,9 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
     def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
         """Layouts, families and exchange: built at the first step, and again when the groups have changed."""
-        planned_for = [(id(group), len(group["params"]), group.get("orthogonalizer")) for group in self.param_groups]
+        planned_for = [
+            (id(g), len(g["params"]), g.get("orthogonalizer"), g.get("shape_scale")) for g in self.param_groups
+        ]
         if self._planned is None or planned_for != self._planned_for:
             self._check_module()
             entries = [
@@ -145,7 +147,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         for (_, shape, dtype), indices in members.items():
             group = entries[indices[0]].group
             per_block = [
-                [rules.shape_factor(matrix, group["shape_scale"]) for matrix in entries[i].layout.matrix_shapes]
+                [self._shape_factor(matrix, group["shape_scale"]) for matrix in entries[i].layout.matrix_shapes]
                 for i in indices
             ]
             factors = torch.tensor(per_block, dtype=dtype, device=entries[indices[0]].parameter.device)
@@ -191,12 +193,13 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's part of ``||G||^2`` and ``||N||^2`` (K, *statistic) and of the count of gradients (K,)."""
         grad_sq, direction_sq, present = [], [], []
+        one = torch.ones((), dtype=statistics_dtype(entries[members[0]].parameter), device=exchange.device)
         for i in members:
             entry, grad = entries[i], grads[i]
             layout, dtype = entry.layout, statistics_dtype(entry.parameter)
             zeros = torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=exchange.device)
             counts = grad is not None and exchange.contributes(i)
-            present.append(float(grad is not None and layout.region.numel > 0))
+            present.append(one if grad is not None and layout.region.numel else torch.zeros_like(one))
             grad_sq.append(
                 layout.sums_of_squares(grad, self.per_column, dtype) if counts and grad is not None else zeros
             )
@@ -211,12 +214,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 nesterov=entry.group["nesterov"],
             )
             direction_sq.append(layout.sums_of_squares(direction, self.per_column, dtype))
-        dtype = grad_sq[0].dtype
-        return (
-            torch.stack(grad_sq),
-            torch.stack(direction_sq),
-            torch.tensor(present, dtype=dtype, device=exchange.device),
-        )
+        return torch.stack(grad_sq), torch.stack(direction_sq), torch.stack(present)
 
     def _family_updates(
         self,
@@ -270,6 +268,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         """Step sizes and new v, both (K, *statistic), from the statistics of K parameters; step is (K, 1...)."""
         return torch.zeros_like(grad_sq) + group["lr"], None
 
+    def _shape_factor(self, shape: tuple[int, int], shape_scale: float | None) -> float:
+        """What the step size of a matrix (m, n) is multiplied by, from its shape alone."""
+        return rules.shape_factor(shape, shape_scale)
+
     def _direction(self, entry: Entry, grad: Tensor | None, ok: Tensor) -> Tensor:
         """Update the momentum where ok, and give the direction N to orthogonalize, in its wire dtype."""
         momentum = local_tensor(self.state[entry.parameter]["momentum_buffer"])
@@ -285,24 +287,27 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         return direction
 
     def _work(self, entries: list[Entry]) -> Callable[[list[int], list[Tensor]], list[Tensor]]:
+        """What the exchange does with whole stored matrices: the polar factors of the true ones, stored alike."""
+
         def polar(indices: list[int], stored: list[Tensor]) -> list[Tensor]:
-            results = [torch.empty_like(full, memory_format=torch.contiguous_format) for full in stored]
+            results: dict[int, Tensor] = {}
             by_group: dict[int, list[int]] = defaultdict(list)
             for position, index in enumerate(indices):
                 by_group[id(entries[index].group)].append(position)
             for positions in by_group.values():
                 group = entries[indices[positions[0]]].group
                 layouts = [entries[indices[position]].layout for position in positions]
-                true = [m for p, layout in zip(positions, layouts, strict=True) for m in layout.matrices(stored[p])]
-                into = [m for p, layout in zip(positions, layouts, strict=True) for m in layout.matrices(results[p])]
-                factors = orthogonalize(
-                    true,
-                    method=group["orthogonalizer"],
-                    ns_steps=group["ns_steps"],
-                    ns_coefficients=group["ns_coefficients"],
+                factors = iter(
+                    orthogonalize(
+                        [m for p, layout in zip(positions, layouts, strict=True) for m in layout.matrices(stored[p])],
+                        method=group["orthogonalizer"],
+                        ns_steps=group["ns_steps"],
+                        ns_coefficients=group["ns_coefficients"],
+                    )
                 )
-                torch._foreach_copy_(into, factors)
-            return results
+                for position, layout in zip(positions, layouts, strict=True):
+                    results[position] = layout.store([next(factors) for _ in layout.blocks])
+            return [results[position] for position in range(len(indices))]
 
         return polar
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import sys
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli  # type: ignore[attr-defined]
+from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch import nn
 
 import lightning_namo
+from lightning_namo import types
 from lightning_namo.callbacks import OptimizerCallback
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
@@ -131,6 +134,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The arguments after the program's name; None: this process's own.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    _pass_on_plain_numbers()
     try:
         if arguments and arguments[0] in COMMANDS:
             name, *options = arguments
@@ -144,6 +148,23 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         print(f"{PROGRAM}: error: {complaint}", file=sys.stderr)
         sys.exit(2)
+
+
+def _pass_on_plain_numbers() -> None:
+    """Let jsonargparse check numbers against ranges, and pass on int and float.
+
+    Else it passes on its own number types, by way of constructors they reach a checkpoint (a learning rate, a seed),
+    and no checkpoint with them can be loaded: ``weights_only`` refuses their types.
+    """
+    for name in types.__all__:
+        restricted = getattr(types, name)
+        base = int if issubclass(restricted, int) else float
+        plain = functools.partial(_plain, restricted, base)
+        register_type(restricted, base, plain, type_check=lambda value, restricted: False)
+
+
+def _plain(restricted: Callable[[Any], Any], base: Callable[[Any], Any], value: Any) -> Any:
+    return base(restricted(value))
 
 
 def _refusal(option: str) -> str:

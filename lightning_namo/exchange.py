@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_namo.plan import Matrix, make_plan
 from lightning_namo.regions import Region
 
-DEFAULT_BUCKET_BYTES = 64 * 1024 * 1024
+DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
 
 
 @dataclass

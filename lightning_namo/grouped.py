@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias, cast
 
@@ -51,7 +52,7 @@ class GroupedOptimizer(Optimizer):
             self._module = params.module
         shared = {key: matrix_defaults[key] for key in ("lr", "weight_decay", "momentum")}
         super().__init__(cast(Any, params), shared)
-        if not any(group["orthogonalize"] for group in self.param_groups):
+        if not any(group["orthogonalize"] and group["params"] for group in self.param_groups):
             raise ValueError(
                 f"Expected at least one matrix to orthogonalize but no parameter group of {type(self).__name__} has "
                 "one. Use torch.optim.AdamW, or see how split_parameters(module) routes the parameters."
@@ -69,19 +70,20 @@ class GroupedOptimizer(Optimizer):
             ValueError: For hyper-parameters out of range or parameters that are no matrices; nothing is added then.
         """
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("Expected parameters in an order that is the same on all ranks but got a set.")
         params = [params] if isinstance(params, Tensor) else list(params)
         bare = [p[1] if isinstance(p, tuple) else p for p in params]
         if "orthogonalize" not in param_group and bare and all(p in self._templates for p in bare):
-            for group in self._routed(bare, param_group):
-                self.add_param_group(group)
+            self._add_routed(bare, param_group)
             return
         is_matrix = bool(param_group.get("orthogonalize", True))
         group = {
             **(self._matrix_defaults if is_matrix else self._adamw_defaults),
             **param_group,
-            "params": params,
             "orthogonalize": is_matrix,
         }
+        group = {**{key: _plain(value) for key, value in group.items()}, "params": params}
         if not is_matrix and "betas" in group:  # torch's AdamW name for the two
             group["momentum"], group["beta2"] = group.pop("betas")
         taken = {other["name"] for other in self.param_groups}
@@ -97,8 +99,8 @@ class GroupedOptimizer(Optimizer):
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
 
-    def _routed(self, params: list[Tensor], group: dict[str, Any]) -> list[dict[str, Any]]:
-        """Split a group of mixed parameters by the routing that the optimizer was built with."""
+    def _add_routed(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Add a group of mixed parameters, split as the optimizer's were when it was built; all of it or nothing."""
         named = bool(self.param_groups) and "param_names" in self.param_groups[0]
         routed: dict[str, dict[str, Any]] = {}
         for parameter in params:
@@ -108,7 +110,16 @@ class GroupedOptimizer(Optimizer):
         for target in routed.values():
             if not target["orthogonalize"] and "lr" in group and self._matrix_defaults["lr"]:
                 target["lr"] = group["lr"] * self._adamw_defaults["lr"] / self._matrix_defaults["lr"]
-        return list(routed.values())
+        before = len(self.param_groups)
+        try:
+            for target in sorted(routed.values(), key=lambda target: target["orthogonalize"]):
+                self.add_param_group(target)  # matrices last: BackboneFinetuning drives the last group's lr
+        except Exception:
+            for added in self.param_groups[before:]:
+                for parameter in added["params"]:
+                    del self.state[parameter]
+            del self.param_groups[before:]
+            raise
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a matrix group that are out of range."""
@@ -172,8 +183,8 @@ class GroupedOptimizer(Optimizer):
         restore_statistics(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions", "bucket_bytes")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own if key in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -187,6 +198,17 @@ class GroupedOptimizer(Optimizer):
 
 def _no_module() -> None:
     return None
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as Python's own: subclasses (jsonargparse, numpy) do not load from a checkpoint with weights_only."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def parameter_names(group: dict[str, Any]) -> list[str]:

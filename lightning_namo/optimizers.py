@@ -367,6 +367,9 @@ class AdaMuon(OrthogonalizedOptimizer):
     def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"v": torch.zeros_like(parameter, dtype=dtype)}
 
+    def _shape_factor(self, shape: tuple[int, int], shape_scale: float | None) -> float:
+        return rules.adamuon_shape_factor(shape, shape_scale)
+
     def _input(self, direction: Tensor) -> Tensor:
         return direction.sign()
 
@@ -392,17 +395,9 @@ class AdaMuon(OrthogonalizedOptimizer):
             return
         totals = torch.split(exchange.sum(torch.cat(partials)), [part.numel() for part in partials])
         for (i, _), total in zip(bucket, totals, strict=True):
-            entry, update = entries[i], updates[i]
-            sizes = torch.tensor([m * n for m, n in entry.layout.matrix_shapes], dtype=total.dtype, device=total.device)
-            scale = entry.group["shape_scale"]
-            size = rules.adamuon_step_size(
-                total,
-                size=sizes,
-                shape_scale=1.0 if scale is None else scale,
-                lr=entry.group["lr"],
-                eps=entry.group["eps"],
-            )
-            update.size = torch.where(update.ok, size.view(update.size.shape), 0)
+            update, eps = updates[i], entries[i].group["eps"]
+            direction_sq = total.to(update.size.dtype).view(update.size.shape)
+            update.size = rules.adamuon_step_size(direction_sq, norm=update.size, eps=eps)
         super()._finish(entries, exchange, directions, updates)
 
 

@@ -260,6 +260,11 @@ class Layout:
         true = full.mT if self.transposed else full
         return torch.split(true, list(self.blocks)) if len(self.blocks) > 1 else (true,)
 
+    def store(self, matrices: Sequence[Tensor]) -> Tensor:
+        """The contiguous stored matrix made of true matrices: the inverse of `matrices`."""
+        true = torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]
+        return (true.mT if self.transposed else true).contiguous()
+
     def statistic_shape(self, per_column: bool) -> tuple[int, ...]:
         """Shape of a statistic: () or (n,) for a whole matrix, (k,) or (k, n) for k stacked ones."""
         leading = (len(self.blocks),) if len(self.blocks) > 1 else ()
@@ -297,12 +302,8 @@ class Layout:
             return statistic
         (row, row_end), (col, col_end) = self._true_bounds()
         if len(self.blocks) > 1:
-            block_of_row = torch.repeat_interleave(
-                torch.arange(len(self.blocks), device=statistic.device),
-                torch.tensor(self.blocks, device=statistic.device),
-                output_size=sum(self.blocks),
-            )
-            statistic = statistic[block_of_row[row:row_end]]
+            rows = zip(torch.split(statistic, 1), self.blocks, strict=True)
+            statistic = torch.cat([value.expand(count, *value.shape[1:]) for value, count in rows])[row:row_end]
         else:
             statistic = statistic.unsqueeze(0)
         rectangle = statistic[:, col:col_end] if per_column else statistic.unsqueeze(-1)

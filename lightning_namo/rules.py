@@ -150,18 +150,21 @@ def adamuon_direction(ortho: Tensor, v: Tensor, *, beta2: float, eps: float) -> 
     return torch.where(denominator > 0, ortho / denominator, 0.0), v
 
 
-def adamuon_step_size(direction_sq: Tensor, *, size: Tensor, shape_scale: float, lr: float, eps: float) -> Tensor:
+def adamuon_step_size(direction_sq: Tensor, *, norm: Tensor, eps: float) -> Tensor:
     """AdaMuon's step size ``lr * shape_scale * sqrt(m n) / (||U||_F + eps)``: the update's RMS is shape_scale * lr.
 
     Args:
         direction_sq: ``||U||_F^2``, shape (...).
-        size: m n, shape (...).
-        shape_scale: RMS of the update in units of the learning rate; 0.2 matches Adam's.
-        lr: Learning rate.
-        eps: Added to the norm.
+        norm: Of the update, lr times `adamuon_shape_factor`, shape (...).
+        eps: Added to the norm of U.
     """
     denominator = direction_sq.sqrt() + eps
-    return torch.where(denominator > 0, lr * shape_scale * size.sqrt() / denominator, 0.0)
+    return torch.where(denominator > 0, norm / denominator, 0.0)
+
+
+def adamuon_shape_factor(shape: tuple[int, int], shape_scale: float | None) -> float:
+    """``shape_scale * sqrt(m n)``, the norm of an update whose RMS is shape_scale; 0.2 is Adam's, None: 1."""
+    return (1.0 if shape_scale is None else shape_scale) * math.sqrt(math.prod(shape))
 
 
 def shape_factor(shape: tuple[int, int], shape_scale: float | None) -> float:

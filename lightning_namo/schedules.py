@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -88,7 +89,19 @@ class WarmupStableDecay:
             shaped = progress if self.shape == "linear" else (1 - math.cos(math.pi * progress)) / 2
             return 1 - (1 - self.floor) * shaped
 
-        return LambdaLR(optimizer, multiplier)
+        return _EveryGroup(optimizer, multiplier)
+
+
+class _EveryGroup(LambdaLR):
+    """One multiplier for all groups, those that are added later too (BackboneFinetuning): torch's refuses them."""
+
+    def get_lr(self) -> list[float | Tensor]:
+        multiplier = self.lr_lambdas[0]
+        for group in self.optimizer.param_groups[len(self.base_lrs) :]:
+            before = multiplier(max(self.last_epoch - 1, 0))
+            self.base_lrs.append(group["lr"] / before if before else group["lr"])
+        self.lr_lambdas = [multiplier] * len(self.base_lrs)
+        return super().get_lr()
 
 
 def _steps(length: int | float, total: int | None) -> int:

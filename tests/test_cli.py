@@ -357,3 +357,12 @@ class NoData(pl.LightningDataModule):
 
     def train_dataloader(self) -> list[torch.Tensor]:
         return [torch.zeros(1)]
+
+
+def test_numbers_reach_the_optimizer_and_the_data_as_plain_numbers(fit: Fit) -> None:
+    trainer, model, data = fit(QUICKSTART, *SMALL, "--data.seed=3", "--optim.optimizer.eps=0")
+    _, group = group_of(trainer)
+    values = [*group.values(), *vars(model.config).values(), *vars(data).values()]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    assert len(numbers) > 15
+    assert {type(number) for number in numbers} <= {int, float, bool}  # a checkpoint with others cannot be loaded

@@ -104,5 +104,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quickstart: Run, 
         assert len(rest) >= 2
     ours, theirs = (torch.load(r.checkpoint(STEPS), weights_only=True) for r in (resumed, quickstart))
     torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
-    torch.testing.assert_close(ours["optimizer_states"], theirs["optimizer_states"], rtol=0, atol=0)
+    ours, theirs = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (ours, theirs))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
     assert f"Tokens {'':<15}│ {STEPS * 16 * 128:,}" in re.sub(r"Tokens +│", f"Tokens {'':<15}│", resumed.output)

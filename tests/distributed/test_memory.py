@@ -1,0 +1,51 @@
+"""What a step needs above parameters, gradients and state is bounded by the buckets, not by the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.profiler import profile
+
+from lightning_namo import NAMOD
+from tests.distributed.launch import run_ranks
+
+SIZE = 256  # of the square matrices: 128 KiB in bfloat16
+BUCKET = 2 * SIZE * SIZE * 2  # two of them
+
+
+def peak_bytes(step: object) -> int:
+    """Highest sum of live allocations within a call, above what was live before it."""
+    with profile(profile_memory=True) as profiler:
+        step()  # type: ignore[operator]
+    live = peak = 0
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    assert peak > 0
+    return peak
+
+
+def peak_of_a_step(rank: int, matrices: int) -> int:
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    torch.manual_seed(0)
+    parameters = []
+    for _ in range(matrices):
+        parameter = nn.Parameter(distribute_tensor(torch.randn(SIZE, SIZE), mesh, [Shard(0)]))
+        parameter.grad = distribute_tensor(torch.randn(SIZE, SIZE), mesh, [Shard(0)])
+        parameters.append(parameter)
+    optimizer = NAMOD(parameters)
+    optimizer.bucket_bytes = BUCKET
+    optimizer.step()
+    return peak_bytes(optimizer.step)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_peak_memory_of_a_step_is_bounded_by_the_buckets_and_not_by_the_model(world_size: int) -> None:
+    few, many = (max(run_ranks(peak_of_a_step, world_size, count)) for count in (12, 48))
+    print(f"{world_size} ranks: {few / BUCKET:.1f} buckets for 12 matrices, {many / BUCKET:.1f} for 48")
+    assert many <= 1.1 * few
+    assert many <= 16 * BUCKET
