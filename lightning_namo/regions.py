@@ -187,7 +187,8 @@ def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...],
                 regions[parameter] = (shape, Span(0, 0, width))
     for name, layer in module.named_modules():
         weight = getattr(layer, "weight", None) if isinstance(layer, _MATRIX_LAYERS) else None
-        if isinstance(weight, nn.Parameter) and weight.dim() == 1 and weight not in regions:
+        lazy = isinstance(weight, nn.parameter.UninitializedParameter)
+        if isinstance(weight, nn.Parameter) and not lazy and weight.dim() == 1 and weight not in regions:
             raise ValueError(
                 f"Expected {name}.weight to have at least 2 dimensions but it has 1: FSDP cut it to a run, and the "
                 "FSDP unit that knows the matrix is outside of the module. Pass the outermost FSDP module."

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -366,3 +369,34 @@ def test_numbers_reach_the_optimizer_and_the_data_as_plain_numbers(fit: Fit) -> 
     numbers = [value for value in values if isinstance(value, int | float)]
     assert len(numbers) > 15
     assert {type(number) for number in numbers} <= {int, float, bool}  # a checkpoint with others cannot be loaded
+
+
+def test_the_readme_s_python_runs_as_written() -> None:
+    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    names: dict[str, Any] = {"__name__": "readme"}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in blocks:
+            exec(block, names)
+    assert f"```text\n{printed.getvalue()}```" in readme
+    batch = (torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))
+    before = names["model"][0].weight.clone()
+    names["model"](torch.ones(2, 8)).sum().backward()
+    names["optimizer"].step()
+    assert not torch.equal(before, names["model"][0].weight)
+    module = names["LitModel"]()
+    module.training_step(batch, 0).backward()
+    assert isinstance(module.configure_optimizers(), lightning_namo.NAMOD)
+
+
+def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "my_text.txt").write_text("Some text of one's own. " * 2000)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    commands = re.findall(r"^(?:.*&& )?lightning-namo (.*?)(?: +#.*)?$", readme, flags=re.MULTILINE)
+    assert len(commands) >= 7
+    for command in commands:
+        with contextlib.suppress(SystemExit):
+            main(command.split())
