@@ -51,7 +51,7 @@ def main() -> None:
     model = GPT2(GPT2Config(vocab_size=data.vocab_size, block_size=128, n_layer=4, n_head=4, n_embd=128))
     model = fabric.setup_module(model)
     optimizer = build_optimizer(model, NAMOD, lr=0.009)
-    scheduler = WarmupStableDecay(warmup=5, decay=0.3)(optimizer, total_steps=args.steps)
+    scheduler = WarmupStableDecay(warmup=0.2, decay=0.3)(optimizer, total_steps=args.steps)
     optimizer = fabric.setup_optimizers(optimizer)
 
     for step, (tokens, targets) in zip(range(args.steps), loader, strict=False):

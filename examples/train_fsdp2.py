@@ -47,7 +47,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
 
     optimizer = build_optimizer(model, NAMO, lr=0.012)  # after sharding: the parameters are others before
-    scheduler = WarmupStableDecay(warmup=5, decay=0.3)(optimizer, total_steps=args.steps)
+    scheduler = WarmupStableDecay(warmup=0.2, decay=0.3)(optimizer, total_steps=args.steps)
 
     for step, (tokens, targets) in zip(range(args.steps), loader, strict=False):
         logits = model(tokens.to(device))

@@ -53,7 +53,7 @@ class Exchange:
     Args:
         matrices: This rank's view of every matrix.
         device: Where tensors live.
-        bucket_bytes: See `make_plan`; a rank holds at most about three buckets at a time.
+        bucket_bytes: See `make_plan`; up to three buckets are in flight.
 
     Raises:
         ValueError: On all ranks, if they disagree or the shards do not make up a matrix.

@@ -417,7 +417,6 @@ def test_a_fine_tuning_run_resumed_after_the_unfreezing_equals_the_uninterrupted
     assert_same(again.optimizers[0], uninterrupted.optimizers[0])
 
 
-
 def test_a_schedule_drives_groups_that_are_unfrozen_later():
     callback = OptimizerCallback(partial(NAMO, **HYPER), WarmupStableDecay(warmup=2, decay=5))
     optimizer = fit(Net(), Finetuning(), callback, max_epochs=3).optimizers[0]

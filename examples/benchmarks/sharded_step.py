@@ -3,8 +3,8 @@
     python examples/benchmarks/sharded_step.py --ranks 2 --blocks 3
 
 Starts R processes, one thread each on a CPU. All sides take turns in every round of one run, on the same gradients,
-and the medians over the rounds (of the slowest rank in each) are compared. "redundant" gathers every momentum on every rank and
-orthogonalizes all of it there, with this package's iteration.
+and the medians over the rounds (of the slowest rank in each) are compared. "redundant" gathers every momentum on
+every rank and orthogonalizes all of it there, with this package's iteration.
 """
 
 from __future__ import annotations
