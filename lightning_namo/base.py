@@ -121,7 +121,13 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             matrices = [
                 Matrix(e.name, e.layout.stored, str(_wire_dtype(e)), _cost(e), e.layout.region) for e in entries
             ]
-            exchange = Exchange(matrices, device, self.bucket_bytes)
+            others = [
+                (name, self._regions[p][0] if p in self._regions else tuple(p.shape), str(p.dtype))
+                for group in self.param_groups
+                if not group["orthogonalize"]
+                for name, p in zip(parameter_names(group), group["params"], strict=True)
+            ]
+            exchange = Exchange(matrices, device, self.bucket_bytes, others)
             self._planned = entries, self._families(entries, exchange.holder_counts), exchange
             self._planned_for = planned_for
         return self._planned

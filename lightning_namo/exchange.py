@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_namo.plan import Matrix, make_plan
+from lightning_namo.plan import Described, Matrix, check_agreement, make_plan
 from lightning_namo.regions import Region
 
 DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
@@ -54,23 +54,29 @@ class Exchange:
         matrices: This rank's view of every matrix.
         device: Where tensors live.
         bucket_bytes: See `make_plan`; up to three buckets are in flight.
+        others: Parameters that do not travel, but must be the same on all ranks too.
 
     Raises:
         ValueError: On all ranks, if they disagree or the shards do not make up a matrix.
     """
 
     def __init__(
-        self, matrices: Sequence[Matrix], device: torch.device, bucket_bytes: int = DEFAULT_BUCKET_BYTES
+        self,
+        matrices: Sequence[Matrix],
+        device: torch.device,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        others: Sequence[Described] = (),
     ) -> None:
         self.matrices = list(matrices)
         self.device = device
         initialized = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
-        published = [self.matrices]
+        published = [(self.matrices, others)]
         if self.world_size > 1:
-            published = [[] for _ in range(self.world_size)]
-            dist.all_gather_object(published, self.matrices)
-        self.plan = make_plan(published, bucket_bytes)
+            published = [([], ())] * self.world_size
+            dist.all_gather_object(published, (self.matrices, others))
+        self.plan = make_plan([theirs for theirs, _ in published], bucket_bytes)
+        check_agreement([theirs for _, theirs in published])
         self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
         self._ways_in = [self._way_in(bucket) for bucket in self.plan.buckets]
         self._ways_back = [self._way_back(bucket) for bucket in self.plan.buckets]

@@ -6,10 +6,13 @@ import heapq
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from lightning_namo.regions import Region, Span
+
+Described: TypeAlias = tuple[str, tuple[int, ...], str]  # a parameter's name, full shape and dtype
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ def make_plan(published: Sequence[Sequence[Matrix]], bucket_bytes: int) -> Plan:
     Raises:
         ValueError: If the ranks disagree on the matrices, or their regions do not make up a matrix.
     """
-    _check_agreement(published)
+    check_agreement([[(m.name, m.shape, m.dtype) for m in matrices] for matrices in published])
     matrices = published[0]
     regions = tuple(tuple(m.region for m in rank) for rank in published)
     owners = _keep_local(assign_owners([m.cost for m in matrices], len(published)), regions)
@@ -139,27 +142,34 @@ def _keep_local(owners: tuple[int, ...], regions: tuple[tuple[Region, ...], ...]
     return tuple(renamed[owner] for owner in owners)
 
 
-def _check_agreement(published: Sequence[Sequence[Matrix]]) -> None:
-    expected = [(m.name, m.shape, m.dtype) for m in published[0]]
-    for rank, matrices in enumerate(published):
-        found = [(m.name, m.shape, m.dtype) for m in matrices]
+def check_agreement(published: Sequence[Sequence[Described]]) -> None:
+    """Raise unless all ranks have the same parameters in the same order.
+
+    Args:
+        published: For each rank the (name, shape, dtype) of its parameters.
+
+    Raises:
+        ValueError: Naming the first parameter that differs.
+    """
+    expected = published[0]
+    for rank, found in enumerate(published):
+        advice = "Build the same model and the same parameter groups on every rank."
         for theirs, ours in zip(expected, found, strict=False):
             if theirs != ours:
                 raise ValueError(
-                    f"Expected the same matrices on all ranks, but rank 0 has {_describe(theirs)} where rank {rank} "
-                    f"has {_describe(ours)}. Build the same model and the same parameter groups on every rank."
+                    f"Expected the same parameters on all ranks, but rank 0 has {_words(theirs)} where rank {rank} "
+                    f"has {_words(ours)}. {advice}"
                 )
         if len(found) != len(expected):
             longer, more = (0, expected) if len(expected) > len(found) else (rank, found)
             raise ValueError(
-                f"Expected the same matrices on all ranks, but rank 0 has {len(expected)} and rank {rank} has "
-                f"{len(found)}: only rank {longer} has {_describe(more[min(len(found), len(expected))])}. Build the "
-                "same model and the same parameter groups on every rank."
+                f"Expected the same parameters on all ranks, but rank 0 has {len(expected)} and rank {rank} has "
+                f"{len(found)}: only rank {longer} has {_words(more[min(len(found), len(expected))])}. {advice}"
             )
 
 
-def _describe(key: tuple[str, tuple[int, int], str]) -> str:
-    return f"{key[0]} {key[1]} {key[2]}"
+def _words(described: Described) -> str:
+    return " ".join(str(part) for part in described)
 
 
 def _senders(matrix: Matrix, index: int, owner: int, regions: tuple[tuple[Region, ...], ...]) -> dict[Region, int]:

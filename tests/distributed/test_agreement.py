@@ -115,8 +115,8 @@ def test_an_adamw_gradient_not_finite_on_one_rank_stops_adamw_on_all_ranks_and_n
     assert run_ranks(poison_adamw, 2) == [(True, False), (True, False)]
 
 
-def differing_parameters(rank: int) -> None:
-    layers = [nn.Linear(4, 4, bias=False), nn.Linear(4, 6, bias=False)] + [nn.Linear(6, 6, bias=False)] * rank
+def differing_parameters(rank: int, extra: nn.Module) -> None:
+    layers = [nn.Linear(4, 4, bias=False), nn.Linear(4, 6, bias=False)] + [extra] * rank
     module = nn.Sequential(*layers)
     optimizer = build_optimizer(module, NAMO)
     for parameter in module.parameters():
@@ -124,9 +124,19 @@ def differing_parameters(rank: int) -> None:
     optimizer.step()
 
 
-def test_a_parameter_set_that_differs_between_ranks_is_named_at_the_first_step() -> None:
-    with pytest.raises(WorkerError, match=r"(?s)hanging ranks \[\].*rank 0 has 2 and rank 1 has 3: only rank 1 has 2"):
-        run_ranks(differing_parameters, 2, timeout=60)
+@pytest.mark.parametrize(
+    ("extra", "difference"),
+    [
+        (nn.Linear(6, 6, bias=False), r"rank 0 has 2 and rank 1 has 3: only rank 1 has 2\.weight \(6, 6\)"),
+        (nn.LayerNorm(6, bias=False), r"rank 0 has 0 and rank 1 has 1: only rank 1 has 2\.weight \(6,\)"),
+    ],
+    ids=["matrix", "adamw"],
+)
+def test_a_parameter_set_that_differs_between_ranks_is_named_at_the_first_step(
+    extra: nn.Module, difference: str
+) -> None:
+    with pytest.raises(WorkerError, match=rf"(?s)hanging ranks \[\].*{difference}"):
+        run_ranks(differing_parameters, 2, extra, timeout=60)
 
 
 def failing_rank(rank: int) -> None:
