@@ -160,7 +160,9 @@ def _pass_on_plain_numbers() -> None:
         restricted = getattr(types, name)
         base = int if issubclass(restricted, int) else float
         plain = functools.partial(_plain, restricted, base)
-        register_type(restricted, base, plain, type_check=lambda value, restricted: False)
+        register_type(
+            restricted, base, plain, type_check=lambda value, restricted: False, fail_already_registered=False
+        )
 
 
 def _plain(restricted: Callable[[Any], Any], base: Callable[[Any], Any], value: Any) -> Any:

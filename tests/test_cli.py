@@ -398,7 +398,9 @@ def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pyte
     commands = re.findall(r"^(?:.*&& )?lightning-namo (.*?)(?: +#.*)?$", readme, flags=re.MULTILINE)
     assert len(commands) >= 7
     for command in commands:
+        code: object = 0
         try:
             main(command.split())
         except SystemExit as stop:  # of --print_config and help
-            assert stop.code == 0, command
+            code = stop.code
+        assert code == 0, command
