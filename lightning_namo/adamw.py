@@ -37,7 +37,7 @@ class AdamWStep:
         self._state = state
         self._groups = [group for group in groups if not group["orthogonalize"] and group["params"]]
         self._present = [
-            [(p, g) for p in group["params"] if (g := local_gradient("an AdamW parameter", p)) is not None]
+            [(p, g.to(p.dtype)) for p in group["params"] if (g := local_gradient("an AdamW parameter", p)) is not None]
             for group in self._groups
         ]
 
@@ -47,7 +47,7 @@ class AdamWStep:
         for group, present in zip(self._groups, self._present, strict=True):
             flag = torch.zeros((), device=group["params"][0].device)
             if present:
-                norms = torch._foreach_norm([grad for _, grad in present])
+                norms = torch._foreach_norm([grad for _, grad in present], ord=float("inf"))
                 flag = flag + sum((~norm.isfinite()).float() for norm in norms)
             flags.append(flag)
         return flags

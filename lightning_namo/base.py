@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         ):
             self._finish(entries, exchange, bucket, updates)
         adamw.run(not_finite)
+        self._count_adamw(not_finite)
+        self._warn_of_strays()
         return loss
 
     def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
@@ -127,7 +129,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 if not group["orthogonalize"]
                 for name, p in zip(parameter_names(group), group["params"], strict=True)
             ]
-            exchange = Exchange(matrices, device, self.bucket_bytes, others)
+            exchange = Exchange(matrices, device, self.bucket_bytes, others, lambda: _checksums(entries))
             self._planned = entries, self._families(entries, exchange.holder_counts), exchange
             self._planned_for = planned_for
         return self._planned
@@ -237,7 +239,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         factors, holders = family.factors, family.holders
         if members != family.indices:  # one process, and some parameters had no gradient
             chosen = [family.indices.index(i) for i in members]
-            factors, holders = factors[chosen], holders[chosen]
+            factors, holders = (torch.stack([values[k] for k in chosen]) for values in (factors, holders))
         finite = (grad_sq.isfinite() & direction_sq.isfinite()).reshape(len(members), -1).all(dim=1)
         ok = (present == holders) & finite
         per_member = (-1,) + (1,) * len(family.shape)
@@ -334,6 +336,11 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 layout.spread(update.size, update.size.dim() > 0 and self.per_column, weight.shape),
                 layout.spread(update.factor, update.factor.dim() > 0 and self.per_column, weight.shape),
             )
+
+
+def _checksums(entries: list[Entry]) -> list[float]:
+    """Sum of the local weights of each matrix."""
+    return cast("list[float]", torch.stack([local_tensor(e.parameter).double().sum() for e in entries]).tolist())
 
 
 def _wire_dtype(entry: Entry) -> torch.dtype:

@@ -122,7 +122,7 @@ class OptimizerCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say when matrices were left alone for a gradient that was not finite."""
+        """Say when updates were left out."""
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             self._report_skipped(trainer)
@@ -135,8 +135,8 @@ class OptimizerCallback(pl.Callback):
         skipped = _skipped_steps(trainer)
         if skipped > self._skipped:
             rank_zero_warn(
-                f"{skipped - self._skipped} updates of matrices were left out since step {self._checked}: their "
-                "gradients were not finite."
+                f"{skipped - self._skipped} updates of matrices or AdamW groups were left out since step "
+                f"{self._checked}: their gradients were not finite (or too large to square), or missing on a rank."
             )
         self._skipped, self._checked = skipped, trainer.global_step
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_namo.plan import Described, Matrix, check_agreement, make_plan
+from lightning_namo.plan import Described, Matrix, check_agreement, check_replicas, make_plan
 from lightning_namo.regions import Region
 
 DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
@@ -55,6 +55,7 @@ class Exchange:
         device: Where tensors live.
         bucket_bytes: See `make_plan`; up to three buckets are in flight.
         others: Parameters that do not travel, but must be the same on all ranks too.
+        checksums: Gives a checksum of this rank's weights of each matrix; called if there are other ranks.
 
     Raises:
         ValueError: On all ranks, if they disagree or the shards do not make up a matrix.
@@ -66,17 +67,21 @@ class Exchange:
         device: torch.device,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         others: Sequence[Described] = (),
+        checksums: Callable[[], list[float]] = list,
     ) -> None:
         self.matrices = list(matrices)
         self.device = device
         initialized = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
-        published = [(self.matrices, others)]
+        published = [self.matrices]
         if self.world_size > 1:
-            published = [([], ())] * self.world_size
-            dist.all_gather_object(published, (self.matrices, others))
-        self.plan = make_plan([theirs for theirs, _ in published], bucket_bytes)
-        check_agreement([theirs for _, theirs in published])
+            gathered: list[Any] = [None] * self.world_size
+            dist.all_gather_object(gathered, (self.matrices, others, checksums()))
+            published = [theirs for theirs, _, _ in gathered]
+            check_agreement([theirs for _, theirs, _ in gathered])
+        self.plan = make_plan(published, bucket_bytes)
+        if self.world_size > 1:
+            check_replicas(published, [theirs for _, _, theirs in gathered])
         self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
         self._ways_in = [self._way_in(bucket) for bucket in self.plan.buckets]
         self._ways_back = [self._way_back(bucket) for bucket in self.plan.buckets]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -102,6 +102,11 @@ def configured(
     rank_zero_info(f"{type(optimizer).__name__} trains the parameters of {type(module).__name__} so:\n{groups}")
     if schedule is None:
         return optimizer
+    if not module.automatic_optimization:
+        rank_zero_warn(
+            f"{type(module).__name__} optimizes manually, so Lightning does not step the schedule. Call "
+            "self.lr_schedulers().step() after each optimizer step."
+        )
     if not isinstance(schedule, WarmupStableDecay):
         scheduler = schedule(optimizer)
     else:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import numbers
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -39,6 +40,9 @@ class GroupedOptimizer(Optimizer):
     Raises:
         ValueError: For hyper-parameters out of range, parameters that are no matrices, or no matrix at all.
     """
+
+    _adamw_skipped: Tensor | None = None
+    _warned: bool = False
 
     def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
         self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
@@ -191,9 +195,33 @@ class GroupedOptimizer(Optimizer):
         self.__dict__.setdefault("_module", _no_module)  # torch calls this on load, too
 
     def skipped_steps(self) -> int:
-        """How often a matrix was left alone for a gradient not finite, summed over matrices (reads the device)."""
+        """How often a matrix, or an AdamW group, was left alone for a gradient not finite (reads the device).
+
+        Matrices count in their state, AdamW groups since the optimizer was built.
+        """
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
+        if self._adamw_skipped is not None:
+            counts.append(self._adamw_skipped)
         return int(torch.stack([count.float() for count in counts]).sum().item())
+
+    def _count_adamw(self, not_finite: Sequence[Tensor]) -> None:
+        for flag in not_finite:
+            skipped = (flag > 0).float()
+            self._adamw_skipped = skipped if self._adamw_skipped is None else self._adamw_skipped + skipped
+
+    def _warn_of_strays(self) -> None:
+        """Warn, once, of parameters that were frozen when the optimizer was built and now have a gradient."""
+        if self._warned or len(self._templates) <= len(self.state):
+            return
+        for parameter, (name, _) in self._templates.items():
+            if parameter.grad is not None and parameter not in self.state:
+                self._warned = True
+                warnings.warn(
+                    f"{name} has a gradient but is in no group of {type(self).__name__}: it was frozen when the "
+                    "optimizer was built, and is not trained. Call optimizer.add_param_group({'params': [...]}).",
+                    stacklevel=3,
+                )
+                return
 
 
 def _no_module() -> None:
@@ -204,6 +232,8 @@ def _plain(value: Any) -> Any:
     """Numbers as Python's own: subclasses (jsonargparse, numpy) do not load from a checkpoint with weights_only."""
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(item) for item in value)
+    if isinstance(value, Tensor):
+        return value.clone()  # groups are scheduled apart
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,9 @@ _DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 # Where torch.compile, FSDP1 and activation checkpointing, and where Fabric keep the module that they wrap.
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _WRAPPED |= {"_forward_module", "_original_module"}
+
+
+_EMBEDDING_NAME = re.compile(r"embed|(^|[._])(emb|pos)([._]|$)")  # of bare parameters, such as position tables
 
 
 class Route(NamedTuple):
@@ -101,9 +105,9 @@ def split_parameters(
     To AdamW go embeddings; output heads (tied to an embedding, returned by Hugging Face's
     ``get_output_embeddings()``, or the last Linear as wide as an embedding's vocabulary); norms; biases,
     vectors and scalars, also with dimensions of size 1 (class tokens, LayerScale); bare parameters called
-    "...embed..." (position tables); complex parameters. All else with two or more dimensions is a matrix,
-    flattened from dimension 1. Frozen parameters are in no group. Globs (`fnmatch`, case-sensitive) see all
-    names of a parameter, cleaned of ``_orig_mod.``, ``_fsdp_wrapped_module.`` and the like.
+    "...embed...", "emb" or "pos" (position tables); complex parameters. All else with two or more dimensions
+    is a matrix, flattened from dimension 1. Frozen parameters are in no group. Globs (`fnmatch`, case-sensitive) see
+    all names of a parameter, cleaned of ``_orig_mod.``, ``_fsdp_wrapped_module.`` and the like.
 
     Args:
         module: The module, before or after a strategy has sharded or wrapped it.
@@ -297,7 +301,7 @@ def _adamw_reason(entry: _Entry, heads: set[nn.Parameter]) -> str | None:
         return "output head"
     if sum(size > 1 for size in shape) < 2 and not any(_is_weight(use) for use in entry.uses):
         return "vector with dimensions of size 1"
-    if any("embed" in use.label.lower() and not _is_layer(use.owner) for use in entry.uses):
+    if any(_EMBEDDING_NAME.search(use.label.lower()) and not _is_layer(use.owner) for use in entry.uses):
         return "embedding by its name"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -166,6 +167,30 @@ def check_agreement(published: Sequence[Sequence[Described]]) -> None:
                 f"Expected the same parameters on all ranks, but rank 0 has {len(expected)} and rank {rank} has "
                 f"{len(found)}: only rank {longer} has {_words(more[min(len(found), len(expected))])}. {advice}"
             )
+
+
+def check_replicas(published: Sequence[Sequence[Matrix]], checksums: Sequence[Sequence[float]]) -> None:
+    """Raise if ranks that hold one and the same region of a matrix have different weights there.
+
+    Args:
+        published: For each rank, its matrices, in the same order.
+        checksums: For each rank, a checksum of the weights that it holds of each matrix.
+
+    Raises:
+        ValueError: Naming the matrix and two ranks.
+    """
+    for index, matrix in enumerate(published[0]):
+        first: dict[Region, tuple[int, float]] = {}
+        for rank, matrices in enumerate(published):
+            checksum = checksums[rank][index]
+            other, expected = first.setdefault(matrices[index].region, (rank, checksum))
+            if checksum != expected and not (math.isnan(checksum) and math.isnan(expected)):
+                raise ValueError(
+                    f"Expected ranks {other} and {rank} to hold replicas of {matrix.name} {matrix.shape}, but their "
+                    "weights differ. All ranks of the default process group must train one model: start it from the "
+                    "same weights everywhere (DistributedDataParallel and FSDP see to it); expert or pipeline "
+                    "parallelism is not supported."
+                )
 
 
 def _words(described: Described) -> str:

@@ -433,14 +433,14 @@ def warned_of_gradients(found: list[warnings.WarningMessage]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("every", "expected"), [(1, [3, 3, 3, 3]), (3, [3, 3, 3, 3]), (6, [6, 6]), (12, [12]), (5, [6, 3, 3]), (50, [12])]
+    ("every", "expected"), [(1, [4, 4, 4, 4]), (3, [4, 4, 4, 4]), (6, [8, 8]), (12, [16]), (5, [8, 4, 4]), (50, [16])]
 )
 def test_bad_batches_are_survived_and_reported(every, expected):
     module = Net(poisoned=(2, 4))
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         optimizer = fit(module, namo(), log_every_n_steps=every).optimizers[0]
-    assert optimizer.skipped_steps() == 3 * 2 * 2  # matrices, batches, epochs
+    assert optimizer.skipped_steps() == 4 * 2 * 2  # matrices and the AdamW group, batches, epochs
     assert warned_of_gradients(found) == expected
     assert all(p.isfinite().all() for p in module.parameters())
     assert not torch.equal(module.head.weight, Net().head.weight)
@@ -473,7 +473,7 @@ def test_every_fit_is_counted_by_itself():
             warnings.simplefilter("always")
             fit(Net(poisoned), callback, max_epochs=1, log_every_n_steps=6)
         counts.append(warned_of_gradients(found))
-    assert counts == [[6], [3]]
+    assert counts == [[8], [4]]
 
 
 def test_a_resumed_run_does_not_report_what_was_reported_before(tmp_path):

@@ -139,6 +139,19 @@ def test_a_parameter_set_that_differs_between_ranks_is_named_at_the_first_step(
         run_ranks(differing_parameters, 2, extra, timeout=60)
 
 
+def different_weights(rank: int) -> None:
+    torch.manual_seed(rank)
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 6, bias=False))
+    optimizer = build_optimizer(module, NAMO)
+    module(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+
+
+def test_models_that_are_no_replicas_of_each_other_are_refused() -> None:
+    with pytest.raises(WorkerError, match=r"Expected ranks 0 and 1 to hold replicas of 0\.weight"):
+        run_ranks(different_weights, 2, timeout=60)
+
+
 def failing_rank(rank: int) -> None:
     module = DistributedDataParallel(new_module(Odd, torch.float32))
     optimizer = build_optimizer(module, NAMO)
