@@ -46,8 +46,8 @@ class AdamWStep:
         flags = []
         for group, present in zip(self._groups, self._present, strict=True):
             flag = torch.zeros((), device=group["params"][0].device)
-            if present:
-                norms = torch._foreach_norm([grad for _, grad in present], ord=float("inf"))
+            if grads := [grad for _, grad in present if grad.numel()]:
+                norms = torch._foreach_norm(grads, ord=float("inf"))  # that of an empty shard is not defined
                 flag = flag + sum((~norm.isfinite()).float() for norm in norms)
             flags.append(flag)
         return flags
