@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -188,7 +189,10 @@ def _as_layers(args: Iterable[str]) -> Iterator[str]:
             yield option  # without a value; the parser says so
         else:
             ours = name == "optim.optimizer" and value in lightning_namo.__all__  # torch has a Muon too
-            layer = f"lightning_namo.{value}" if ours else yaml.safe_load(value)
+            layer: Any = f"lightning_namo.{value}" if ours else value
+            if value.startswith("{"):
+                with contextlib.suppress(yaml.YAMLError):  # the parser says so
+                    layer = yaml.safe_load(value)
             for key in reversed(name.split(".")):
                 layer = {key: layer}
             yield f"--config={json.dumps(layer)}"
@@ -214,11 +218,10 @@ def _complaint(error: BaseException) -> str | None:
     """What this package or Lightning says of a wrong input, somewhere in a chain of errors; None: not about input."""
     link: BaseException | None = error
     while link is not None:
-        *_, (frame, _line) = traceback.walk_tb(link.__traceback__)
-        package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if package in ("lightning_namo", "lightning") and isinstance(
-            link, ValueError | OSError | MisconfigurationException
-        ):
+        frames = [frame for frame, _ in traceback.walk_tb(link.__traceback__)]
+        package = str(frames[-1].f_globals.get("__name__")).partition(".")[0] if frames else ""
+        about_input = isinstance(link, ValueError | FileNotFoundError | MisconfigurationException)
+        if about_input and package in ("lightning_namo", "lightning"):
             return str(link)
         link = link.__cause__ or link.__context__
     return None

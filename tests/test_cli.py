@@ -176,6 +176,7 @@ def test_every_optimizer_has_a_config() -> None:
         ["--optim.optimizer=AdaMuon", "--optim.optimizer.init_args.eps=1e-6"],
         ["--optim.optimizer=lightning_namo.AdaMuon", "--optim.optimizer.eps=1e-6"],
         ['--config={"optim": {"optimizer": {"class_path": "AdaMuon", "init_args": {"eps": 1e-6}}}}'],
+        ["--optim.optimizer={class_path: AdaMuon, init_args: {eps: 1e-6}}"],
         ["--optim=only_optim.yaml"],
     ],
 )
@@ -316,6 +317,8 @@ OURS = "--optim.optimizer=NAMOD"
         (["--model.n_embd=0"], "0 does not conform to restriction v>0"),
         (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
         (["--model=Unknown"], "Unknown"),
+        (["--optim.optimizer={class_path: NAMO"], "optim.optimizer"),
+        (["--optim.optimizer"], "expected one argument"),
         (["--data.data_dir=nowhere"], "Expected nowhere/meta.json"),
         (
             ["--data.data_dir=nowhere", "--data.vocab_size=9"],
