@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_namo.adamw import adamw_state
-from lightning_namo.checkpoint import restore_statistics
+from lightning_namo.checkpoint import check_state, restore_statistics
 from lightning_namo.orthogonalize import newton_schulz_polynomials
 from lightning_namo.param_groups import ParameterGroups
 from lightning_namo.regions import Layout, Region, local_tensor, region_of
@@ -182,7 +182,15 @@ class GroupedOptimizer(Optimizer):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but statistics stay float32: torch casts all state to the parameter's dtype."""
+        """As torch's, but statistics stay float32: torch casts all state to the parameter's dtype.
+
+        Args:
+            state_dict: Of an optimizer of the same class over the same parameters.
+
+        Raises:
+            ValueError: If it holds another state of some parameter than this optimizer; nothing is loaded then.
+        """
+        check_state(self, state_dict, [name for group in self.param_groups for name in parameter_names(group)])
         super().load_state_dict(state_dict)
         restore_statistics(self, state_dict)
 

@@ -870,3 +870,24 @@ def test_a_group_to_be_routed_is_added_whole_or_not_at_all():
         optimizer.add_param_group({"params": [module[1].weight, module[0].bias]})
     assert len(optimizer.param_groups) == 2
     assert len(optimizer.state) == 2
+
+
+@pytest.mark.parametrize("other", [NAMO, Muon, AdaMuon], ids=lambda cls: cls.__name__)
+def test_the_state_of_another_algorithm_is_refused_and_nothing_is_loaded(other):
+    optimizer = run(build(NAMOD), 0)
+    before = [snapshot(optimizer, p) for p in parameters(optimizer)]
+    with pytest.raises(
+        ValueError, match=r"Expected the state of .* to be .* but the checkpoint has .*Nothing was loaded"
+    ):
+        optimizer.load_state_dict(run(build(other), 0, 1).state_dict())
+    for p, kept in zip(parameters(optimizer), before, strict=True):
+        assert_same(snapshot(optimizer, p), kept)
+
+
+def test_states_assigned_to_other_parameters_by_position_are_refused():
+    table, matrix = parameter(6, 6), parameter(6, 6)
+    state = NAMO([{"params": [matrix]}, {"params": [table], "orthogonalize": False}]).state_dict()
+    state["state"] = {0: state["state"][1], 1: state["state"][0]}
+    optimizer = NAMO([{"params": [matrix]}, {"params": [table], "orthogonalize": False}])
+    with pytest.raises(ValueError, match=r"saved on one device or under DDP and is loaded under ModelParallelStrategy"):
+        optimizer.load_state_dict(state)
