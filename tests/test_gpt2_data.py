@@ -364,7 +364,7 @@ def test_the_data_module_makes_the_same_files_again_in_the_working_directory(
 def test_missing_token_files_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
     data = TextDataModule(str(tmp_path / "owt"))
     data.prepare_data()
-    command = rf"lightning-namo prepare --inputs TEXT_FILES --out_dir {tmp_path}/owt"
+    command = rf"lightning-namo prepare --inputs\+ TEXT_FILE --out_dir {tmp_path}/owt"
     with pytest.raises(ValueError, match=rf"owt/train.bin, which does not exist. Make it with `{command}`"):
         data.setup("fit")
     with pytest.raises(ValueError, match=rf"Expected .*meta.json.*{command}"):

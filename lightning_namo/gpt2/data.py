@@ -62,7 +62,7 @@ class TextDataModule(LightningDataModule):
         if not meta.is_file():
             raise ValueError(
                 f"Expected {meta}, which has the size of the vocabulary. Make it with `lightning-namo prepare"
-                f" --inputs TEXT_FILES --out_dir {self.folder}`, or set vocab_size for files from elsewhere."
+                f" --inputs+ TEXT_FILE --out_dir {self.folder}`, or set vocab_size for files from elsewhere."
             )
         return int(json.loads(meta.read_text(encoding="utf-8"))["vocab_size"])
 
