@@ -7,6 +7,7 @@ other order would train nothing, and is refused at the first step.
 """
 
 import argparse
+import gc
 
 import torch
 from lightning.fabric import Fabric
@@ -68,3 +69,4 @@ def main() -> None:
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("high")
     main()
+    gc.collect()  # sharded modules refer to the process group in cycles: gloo aborts at random unless they go before it

@@ -4,6 +4,7 @@ torchrun --nproc_per_node 2 examples/train_fsdp2.py --steps 20
 """
 
 import argparse
+import gc
 import os
 
 import torch
@@ -61,8 +62,9 @@ def main() -> None:
             dist.all_reduce(mean)
             if rank == 0:
                 print(f"step {step:4d}  loss {mean.item() / world_size:.4f}", flush=True)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    gc.collect()  # sharded modules refer to the process group in cycles: gloo aborts at random unless they go before it
+    dist.destroy_process_group()

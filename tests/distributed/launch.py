@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -72,6 +73,9 @@ def _main(
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         result = worker(rank, *args)
         torch.save(result, Path(folder, f"{rank}.pt"))
+        # gloo's threads drop tensors late, and abort if Python is ending by then. Once nothing refers to the group any
+        # more (modules that FSDP2 sharded do, in cycles), destroying it waits for them.
+        gc.collect()
         dist.destroy_process_group()
     except BaseException:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc())
