@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,8 +63,6 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             parameters, gradients and state (measured: 10 on one rank, 15 on two). Set it before the first step.
     """
 
-    per_column: ClassVar[bool] = False  # whether statistics are kept by column
-    adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
     _planned: tuple[list[Entry], list[_Family], Exchange] | None = None
     _planned_for: Sequence[tuple[Any, ...]] = ()

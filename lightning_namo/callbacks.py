@@ -35,6 +35,7 @@ class OptimizerCallback(pl.Callback):
         adamw: Globs over parameter names that take AdamW whatever the routing says.
         orthogonalize: Globs over parameter names that are matrices whatever the routing says.
         blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        adopt_state: Whether to go on from a checkpoint of another optimizer: see `build_optimizer`.
 
     Raises:
         RuntimeError: At the start of fit, if an optimizer's parameters are not the module's.
@@ -52,6 +53,7 @@ class OptimizerCallback(pl.Callback):
         adamw: str | Sequence[str] = (),
         orthogonalize: str | Sequence[str] = (),
         blocks: Mapping[str, int | Sequence[int]] | None = None,
+        adopt_state: bool = False,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
@@ -59,6 +61,7 @@ class OptimizerCallback(pl.Callback):
         self.adamw = adamw
         self.orthogonalize = orthogonalize
         self.blocks = blocks
+        self.adopt_state = adopt_state
         self._own: Any = None
         self._skipped = self._checked = 0
 
@@ -88,7 +91,7 @@ class OptimizerCallback(pl.Callback):
         groups = split_parameters(
             wrapped(module), adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks
         )
-        return configured(module, groups, make_optimizer(groups, self.optimizer), self.schedule)
+        return configured(module, groups, make_optimizer(groups, self.optimizer, self.adopt_state), self.schedule)
 
     # Lightning assigns `callback.log = module.log` before it looks for the module's configure_optimizers.
     @property

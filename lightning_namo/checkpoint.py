@@ -1,61 +1,343 @@
-"""What torch's optimizer state dicts need to survive."""
+"""State dicts that load again under another strategy or number of ranks, or are refused before anything is loaded.
+
+Two forms are in use. The plain form is what the optimizer keeps (``momentum_buffer``, ``v``, ``step``, ``skipped``;
+AdamW's ``exp_avg``, ``exp_avg_sq``, ``step``). FSDP1 gathers and cuts only state that is shaped like its parameter, and
+the same entries for all parameters of a unit; so what is saved under it has the *flat form*: ``momentum_buffer`` and
+``exp_avg_sq`` for every parameter, v spread over its matrix, beside the scalars. Both forms load everywhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-from torch.optim.optimizer import Optimizer
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from lightning_namo.param_groups import clean_name
+from lightning_namo.regions import Block, Layout, Region, local_tensor, stored_shape
 
 STATISTICS = ("step", "skipped", "v")  # kept in float32 at least, whatever the parameter's dtype
+STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None}  # keys, and what absence means
+
+State = dict[str, Any]
 
 
-def check_state(optimizer: Optimizer, state_dict: dict[str, Any], names: Sequence[str]) -> None:
-    """Raise if a state dict holds, for some parameter, another state than the optimizer keeps of it.
+@dataclass
+class Held:
+    """A parameter of the optimizer, and what the optimizer keeps of it.
 
-    Catches checkpoints of another algorithm, and states that were assigned to the wrong parameters by position:
-    Lightning does that to a checkpoint of one device or DDP that is resumed under ModelParallelStrategy.
+    Attributes:
+        name: In the module.
+        parameter: As the strategy left it.
+        group: Its parameter group.
+        state: Its state, in the plain form.
+        shape: Of the whole parameter.
+        region: The part of it that lies here.
+        per_column: Whether v is a statistic by column (True), of the whole matrix (False), or no statistic (None).
+    """
+
+    name: str
+    parameter: Tensor
+    group: dict[str, Any]
+    state: State
+    shape: tuple[int, ...]
+    region: Region
+    per_column: bool | None
+
+    def layout(self, region: Region | None = None) -> Layout:
+        """How this part (or another one) of the matrix lies."""
+        transposed, blocks = self.group.get("transposed", False), self.group.get("blocks", 1)
+        return Layout.of(self.shape, region or self.region, transposed=transposed, blocks=blocks, name=self.name)
+
+
+@dataclass
+class Saved:
+    """What a state dict holds, in the order of the optimizer's groups and parameters."""
+
+    groups: list[dict[str, Any]]
+    states: list[State]
+
+
+def writes(rank: int) -> bool:
+    """Whether this process is a rank, or the only one."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == rank
+
+
+def holds_fsdp1(module: nn.Module | None) -> bool:
+    """Whether a module has FSDP1 units."""
+    return module is not None and any(isinstance(m, FullyShardedDataParallel) for m in module.modules())
+
+
+# ---------------------------------------------------------------------- saving
+
+
+def numbered_by_module(state_dict: dict[str, Any], held: Sequence[Held], module: nn.Module) -> dict[str, Any]:
+    """Give parameters their positions in ``module.parameters()`` as ids, for Lightning.
+
+    torch numbers by groups. Lightning turns the ids of a checkpoint into names by the order of the module, when it is
+    resumed under FSDP or ModelParallelStrategy; ids by groups would give each parameter the state of another.
+    """
+    positions = {id(parameter): position for position, parameter in enumerate(module.parameters())}
+    if any(id(h.parameter) not in positions for h in held):
+        return state_dict
+    new = [positions[id(h.parameter)] for h in held]
+    return {
+        "state": {new[i]: state for i, state in state_dict["state"].items()},
+        "param_groups": [{**g, "params": [new[i] for i in g["params"]]} for g in state_dict["param_groups"]],
+    }
+
+
+def flat_form(held: Held) -> State:
+    """The state of a parameter, in the flat form; see the module's docstring."""
+    state, dtype = held.state, torch.promote_types(held.parameter.dtype, torch.float32)
+    if "exp_avg" in state:
+        return {
+            "step": state["step"],
+            "momentum_buffer": state["exp_avg"].to(dtype),
+            "exp_avg_sq": state["exp_avg_sq"].to(dtype),
+        }
+    second = torch.zeros_like(state["momentum_buffer"], dtype=dtype)
+    if "v" in state:
+        v = state["v"]
+        second += v if held.per_column is None else held.layout().spread(v, held.per_column, second.shape)
+    momentum = state["momentum_buffer"].to(dtype)
+    return {"step": state["step"], "skipped": state["skipped"], "momentum_buffer": momentum, "exp_avg_sq": second}
+
+
+# ---------------------------------------------------------------------- loading
+
+
+def read(state_dict: Mapping[str, Any], held: Sequence[Held], groups: Sequence[dict[str, Any]], cls: str) -> Saved:
+    """Bring a state dict into the order of the optimizer, by names where it has them.
 
     Args:
-        optimizer: Whose state was made when it was built; parameters without any are not checked.
-        state_dict: To be loaded into it.
-        names: Of the optimizer's parameters, in its order.
+        state_dict: As `torch.optim.Optimizer.state_dict` makes it, or torch.distributed.checkpoint.
+        held: The optimizer's parameters, in the order of its groups.
+        groups: The optimizer's groups.
+        cls: Name of the optimizer's class.
+
+    Raises:
+        ValueError: If it is of other parameters or of another routing; the message names what differs.
+    """
+    _check_is_state_dict(state_dict)
+    theirs = state_dict["param_groups"]
+    names = saved_names(theirs)
+    if names is None:  # numbers only, or torch.distributed.checkpoint, which has put names into our order
+        counts = [len(group["params"]) for group in groups]
+        if (saved_counts := [len(group["params"]) for group in theirs]) != counts:
+            raise ValueError(
+                f"Expected parameter groups of {counts} parameters, as {cls} has, but the checkpoint's have "
+                f"{saved_counts}. It is of another model or routing. Nothing was loaded."
+            )
+        ids = [i for group in theirs for i in group["params"]]
+        ordered = list(theirs)
+    else:
+        check_names(names, held)
+        ids = [names[clean_name(h.name)][1] for h in held]
+        ordered = _matching_groups(theirs, names, held, groups)
+    for group, own in zip(ordered, groups, strict=True):
+        _check_structure(group, own, cls)
+    return Saved(ordered, [state_dict["state"].get(i, {}) for i in ids])
+
+
+def _check_is_state_dict(state_dict: Mapping[str, Any]) -> None:
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise ValueError(
+            f"Expected the state dict of an optimizer, with 'state' and 'param_groups', but got the keys "
+            f"{sorted(map(str, state_dict))[:10]}. Nothing was loaded."
+        )
+
+
+def saved_names(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, Any]] | None:
+    """From a parameter's name to the index of its group and its id; None if there are no names, or they are ids."""
+    names: dict[str, tuple[int, Any]] = {}
+    for index, group in enumerate(groups):
+        theirs, ids = group.get("param_names"), group["params"]
+        if theirs is None or len(theirs) != len(ids) or any(isinstance(i, str) for i in ids):
+            return None
+        names |= {clean_name(name): (index, i) for name, i in zip(theirs, ids, strict=True)}
+    return names
+
+
+def check_names(names: Iterable[str], held: Sequence[Held]) -> None:
+    """Raise if the parameters of a checkpoint are others than the optimizer's."""
+    ours, theirs = [clean_name(h.name) for h in held], list(names)
+    missing, unknown = [n for n in ours if n not in set(theirs)], [n for n in theirs if n not in set(ours)]
+    if missing or unknown:
+        raise ValueError(
+            f"Expected a checkpoint of the optimizer's parameters, but {_differing(missing, unknown)}. It is of "
+            "another model, or other parameters were frozen. Nothing was loaded."
+        )
+
+
+def _matching_groups(
+    theirs: Sequence[dict[str, Any]],
+    names: Mapping[str, tuple[int, Any]],
+    held: Sequence[Held],
+    groups: Sequence[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """For each of the optimizer's groups the saved one with the same parameters."""
+    ordered = []
+    for group in groups:
+        members = [h for h in held if h.group is group]
+        places = [names[clean_name(h.name)][0] for h in members]
+        for h, place in zip(members, places, strict=True):
+            if place != places[0] or len(theirs[place]["params"]) != len(members):
+                raise ValueError(
+                    f"Expected the groups of the checkpoint to be the optimizer's, but {h.name} is in "
+                    f"{theirs[place].get('name', place)!r} with {len(theirs[place]['params'])} parameters there, and "
+                    f"in {group['name']!r} with {len(members)} here. It is of another routing. Nothing was loaded."
+                )
+        ordered.append(theirs[places[0]] if places else {**group, "params": []})
+    return ordered
+
+
+def _check_structure(saved: Mapping[str, Any], own: Mapping[str, Any], cls: str) -> None:
+    """Compare the keys that say what is done with a group; a group of unknown origin has none."""
+    for key, absent in STRUCTURE.items():
+        if key in saved and key in own and saved[key] != own.get(key, absent) and own["params"]:
+            what = f"of {cls}" if key == "algorithm" else f"with {key}={own[key]} in group {own['name']!r}"
+            raise ValueError(
+                f"Expected a checkpoint {what}, but it has {key}={saved[key]!r}. Train on with what it was trained "
+                "with, or pass adopt_state=True to take over its momentum and start the rest anew. Nothing was loaded."
+            )
+
+
+def plain_form(saved: State, held: Held) -> State:
+    """A saved state in the plain form, as far as this rank has it; see `complete`.
+
+    Args:
+        saved: In either form, whole or cut as FSDP1 cuts it (which cuts v as well, as if it were the parameter).
+        held: The parameter.
+    """
+    own = held.state
+    if "exp_avg" in own:
+        if "momentum_buffer" in saved:  # the flat form
+            saved = {**saved, "exp_avg": local_part(saved["momentum_buffer"], held)}
+            saved.pop("momentum_buffer")
+        return {**saved, "exp_avg_sq": local_part(saved["exp_avg_sq"], held)} if "exp_avg_sq" in saved else saved
+    if "momentum_buffer" not in saved:
+        return dict(saved)  # for `check_states` to refuse
+    state = {key: value for key, value in saved.items() if key != "exp_avg_sq"}
+    state["momentum_buffer"] = local_part(state["momentum_buffer"], held)
+    if "exp_avg_sq" in saved and "v" in own:
+        state["v"] = _collected(saved["exp_avg_sq"], held)
+    elif isinstance(v := saved.get("v"), Tensor) and held.per_column is not None and v.shape != own["v"].shape:
+        state["v"] = _uncut(v, own["v"], held.region)
+    return state
+
+
+def local_part(saved: Any, held: Held) -> Any:
+    """The local part of a saved tensor, laid out like the parameter."""
+    local, sharded = local_tensor(held.parameter), isinstance(held.parameter, DTensor)
+    if not isinstance(saved, Tensor) or isinstance(saved, DTensor) or (saved.shape == local.shape and not sharded):
+        return saved
+    if tuple(saved.shape) != held.shape:
+        return saved  # for `check_states` to refuse
+    part = held.region.of(saved.reshape(stored_shape(held.shape))).reshape(local.shape)
+    if not sharded:
+        return part
+    whole = torch.zeros_like(held.parameter, dtype=saved.dtype)
+    local_tensor(whole).copy_(part)
+    return whole
+
+
+def _collected(second: Tensor, held: Held) -> Tensor:
+    """V from the flat form: whole, or the part that this rank's shard knows."""
+    if held.per_column is None:
+        part: Tensor = local_part(second, held)
+        return part
+    if tuple(second.shape) == held.shape:
+        rows, cols = stored_shape(held.shape)
+        return held.layout(Block(0, rows, 0, cols)).collect(second, held.per_column)
+    return held.layout().collect(second, held.per_column)
+
+
+def _uncut(v: Tensor, own: Tensor, region: Region) -> Tensor:
+    """Put a cut of v back to where FSDP1 cut it out of the flattened v."""
+    whole, start = torch.zeros_like(own).view(-1), getattr(region, "start", 0)
+    if v.dim() == 1 and start + v.numel() <= whole.numel():
+        whole[start : start + v.numel()] = v
+        return whole.view(own.shape)
+    return v  # for `check_states` to refuse
+
+
+def fill_empty(states: Sequence[State], held: Sequence[Held]) -> None:
+    """Give parameters of which nothing lies here their empty state: FSDP1 loads none for them."""
+    for state, h in zip(states, held, strict=True):
+        if h.region.numel == 0 and not state:
+            state.update({key: torch.zeros_like(value) for key, value in h.state.items()})
+
+
+def complete(states: Sequence[State], held: Sequence[Held]) -> None:
+    """Share out scalars and v after a load under FSDP1, where a rank knows those of its shards. Collective."""
+    keys = [
+        (state, key)
+        for state, h in zip(states, held, strict=True)
+        for key in STATISTICS
+        if key in state and not (key == "v" and h.per_column is None)
+    ]
+    device = local_tensor(held[0].parameter).device
+    flat = torch.cat([state[key].reshape(-1).to(device, torch.float64) for state, key in keys])
+    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    sizes = [state[key].numel() for state, key in keys]
+    for (state, key), values in zip(keys, torch.split(flat, sizes), strict=True):
+        state[key] = values.view(state[key].shape).to(state[key].dtype)
+
+
+def check_states(states: Sequence[State], held: Sequence[Held], cls: str) -> None:
+    """Raise if the optimizer keeps another state of some parameter than a checkpoint holds.
+
+    Args:
+        states: In the plain form.
+        held: The optimizer's parameters.
+        cls: Name of the optimizer's class.
 
     Raises:
         ValueError: Naming the parameter, what was expected and what came.
     """
-    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for saved_id, parameter, name in zip(saved_ids, parameters, names, strict=False):  # torch counts them
-        saved, own = state_dict["state"].get(saved_id), optimizer.state.get(parameter)
-        if saved and own and {key: _shape(saved[key]) for key in saved} != {key: _shape(own[key]) for key in own}:
+    for state, h in zip(states, held, strict=True):
+        if _shapes(state) != _shapes(h.state):
             raise ValueError(
-                f"Expected the state of {name} to be {_words(own)} but the checkpoint has {_words(saved)}. It is "
-                f"of another optimizer than {type(optimizer).__name__}, of another model or routing, or was saved "
-                "on one device or under DDP and is loaded under ModelParallelStrategy. Nothing was loaded."
+                f"Expected the state of {h.name} to be {_words(h.state)} but the checkpoint has "
+                f"{_words(state) or 'none'}. It is of another optimizer than {cls}, of another model or routing, or "
+                "incomplete. To take over the momentum of another optimizer pass adopt_state=True. Nothing was loaded."
             )
 
 
-def _shape(value: Any) -> tuple[int, ...]:
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
-
-
-def _words(state: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {_shape(state[key])}" for key in sorted(state))
-
-
-def restore_statistics(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+def restore_statistics(states: Sequence[State], held: Sequence[Held], state: Mapping[Tensor, State]) -> None:
     """Put back the statistics that ``Optimizer.load_state_dict`` cast to the parameter's dtype.
 
     Args:
-        optimizer: That has just loaded ``state_dict``.
-        state_dict: As it was given, uncast.
+        states: As they were given, uncast.
+        held: The optimizer's parameters.
+        state: The optimizer's, just loaded.
     """
-    saved_ids = (i for group in state_dict["param_groups"] for i in group["params"])
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-        saved = state_dict["state"].get(saved_id, {})
+    for saved, h in zip(states, held, strict=True):
         for key in STATISTICS:
-            if isinstance(saved.get(key), Tensor):
-                optimizer.state[parameter][key] = saved[key].detach().clone().to(parameter.device)
+            if key in saved:
+                value = saved[key].detach().clone()
+                state[h.parameter][key] = value.to(h.parameter.device, h.state[key].dtype)
+
+
+def _differing(missing: Sequence[str], unknown: Sequence[str]) -> str:
+    parts = [f"it lacks {some(missing)}"] * bool(missing) + [f"it has {some(unknown)} besides"] * bool(unknown)
+    return " and ".join(parts)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in state.items()}
+
+
+def _words(state: State) -> str:
+    return ", ".join(f"{key} {shape}" for key, shape in sorted(_shapes(state).items()))

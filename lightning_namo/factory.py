@@ -31,6 +31,7 @@ def build_optimizer(
     adamw: Globs = (),
     orthogonalize: Globs = (),
     blocks: Blocks | None = None,
+    adopt_state: bool = False,
     **hyper: Any,
 ) -> AnyOptimizer:
     """Split a module's parameters and build an optimizer over them.
@@ -44,6 +45,9 @@ def build_optimizer(
         adamw: Globs over parameter names that take AdamW whatever the routing says.
         orthogonalize: Globs over parameter names that are matrices whatever the routing says.
         blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        adopt_state: Whether to go on from a checkpoint of another optimizer (AdamW, Muon, ...): the momentum and the
+            state of AdamW's parameters are taken over, all else starts anew, and a warning says what. Not for runs
+            that resume their own checkpoint.
         **hyper: Hyper-parameters of ``cls``.
 
     Returns:
@@ -53,7 +57,7 @@ def build_optimizer(
         ValueError: For globs that match nothing or contradict each other, no matrix, hyper-parameters out of range.
     """
     groups = split_parameters(module, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
-    return make_optimizer(groups, functools.partial(cls, **hyper))
+    return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
 
 
 def optimize_with(
@@ -63,6 +67,7 @@ def optimize_with(
     adamw: Globs = (),
     orthogonalize: Globs = (),
     blocks: Blocks | None = None,
+    adopt_state: bool = False,
     **hyper: Any,
 ) -> Callable[[pl.LightningModule], OptimizerLRScheduler]:
     """Make a ``configure_optimizers`` for a LightningModule.
@@ -73,6 +78,7 @@ def optimize_with(
         adamw: As `build_optimizer`'s.
         orthogonalize: As `build_optimizer`'s.
         blocks: As `build_optimizer`'s.
+        adopt_state: As `build_optimizer`'s.
         **hyper: Hyper-parameters of ``cls``.
 
     Returns:
@@ -86,7 +92,7 @@ def optimize_with(
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
         groups = split_parameters(wrapped(self), adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
-        return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper)), schedule)
+        return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper), adopt_state), schedule)
 
     return configure_optimizers
 
@@ -134,11 +140,23 @@ def wrapped(module: pl.LightningModule) -> nn.Module:
     return root if isinstance(root, nn.Module) and any(m is module for m in root.modules()) else module
 
 
-def make_optimizer(groups: ParameterGroups, make: Callable[[ParameterGroups], AnyOptimizer]) -> AnyOptimizer:
-    """Build the optimizer; groups of one that knows no matrices (torch.optim.AdamW) lose the keys about them."""
+def make_optimizer(
+    groups: ParameterGroups, make: Callable[[ParameterGroups], AnyOptimizer], adopt_state: bool = False
+) -> AnyOptimizer:
+    """Build the optimizer; groups of one that knows no matrices (torch.optim.AdamW) lose the keys about them.
+
+    Raises:
+        ValueError: If it is to take over another optimizer's state and is none of this package.
+    """
     optimizer = make(groups)
-    if not isinstance(optimizer, OrthogonalizedOptimizer):
-        for group in optimizer.param_groups:
-            for key in ("orthogonalize", "transposed", "blocks"):
-                group.pop(key, None)
+    if isinstance(optimizer, OrthogonalizedOptimizer):
+        optimizer.adopt_state = adopt_state
+        return optimizer
+    if adopt_state:
+        raise ValueError(
+            f"Expected adopt_state=True with NAMO, NAMOD, Muon or AdaMuon. Got {type(optimizer).__name__}."
+        )
+    for group in optimizer.param_groups:
+        for key in ("orthogonalize", "transposed", "blocks"):
+            group.pop(key, None)
     return optimizer

@@ -6,14 +6,27 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_namo.adamw import adamw_state
-from lightning_namo.checkpoint import check_state, restore_statistics
+from lightning_namo.adoption import adopted
+from lightning_namo.checkpoint import (
+    Held,
+    check_states,
+    complete,
+    fill_empty,
+    flat_form,
+    holds_fsdp1,
+    numbered_by_module,
+    plain_form,
+    read,
+    restore_statistics,
+    writes,
+)
 from lightning_namo.orthogonalize import newton_schulz_polynomials
 from lightning_namo.param_groups import ParameterGroups
 from lightning_namo.regions import Layout, Region, local_tensor, region_of
@@ -32,6 +45,10 @@ class GroupedOptimizer(Optimizer):
     alone because its gradient was not finite or came on some ranks only; and what the subclass adds. Statistics are
     float32, or float64 for float64 parameters.
 
+    Attributes:
+        adopt_state: Whether `load_state_dict` takes over what it can from another optimizer's state dict.
+        has_adopted: Whether it did.
+
     Args:
         params: What `split_parameters` returns, or torch's usual iterables and groups.
         matrix_defaults: Hyper-parameters of matrix groups.
@@ -41,6 +58,11 @@ class GroupedOptimizer(Optimizer):
         ValueError: For hyper-parameters out of range, parameters that are no matrices, or no matrix at all.
     """
 
+    per_column: ClassVar[bool] = False  # whether statistics are kept by column
+    adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
+    adopt_state: bool = False
+    has_adopted: bool = False
+    _number_by_module: bool = False
     _adamw_skipped: Tensor | None = None
     _warned: bool = False
 
@@ -86,6 +108,7 @@ class GroupedOptimizer(Optimizer):
             **(self._matrix_defaults if is_matrix else self._adamw_defaults),
             **param_group,
             "orthogonalize": is_matrix,
+            **({"algorithm": type(self).__name__} if is_matrix else {}),
         }
         group = {**{key: _plain(value) for key, value in group.items()}, "params": params}
         if not is_matrix and "betas" in group:  # torch's AdamW name for the two
@@ -181,21 +204,84 @@ class GroupedOptimizer(Optimizer):
         """What a subclass keeps besides momentum."""
         return {}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but statistics stay float32: torch casts all state to the parameter's dtype.
+    def consolidate_state_dict(self, to: int = 0) -> None:
+        """Make the next `state_dict` number the parameters by the module, as the reader of it will.
+
+        Lightning and Fabric call this right before `state_dict` when they save on one device or under DDP, and at no
+        other time; torch.distributed.checkpoint, which counts by groups, does not call it.
 
         Args:
-            state_dict: Of an optimizer of the same class over the same parameters.
+            to: Rank that saves.
+        """
+        self._number_by_module = writes(to)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; under FSDP1 in the form that FSDP1 can gather (`lightning_namo.checkpoint`)."""
+        state_dict = super().state_dict()
+        held, module = self._held(), self._module()
+        if holds_fsdp1(module):
+            ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+            state_dict["state"] = {i: flat_form(h) for i, h in zip(ids, held, strict=True) if i in state_dict["state"]}
+        elif self._number_by_module and module is not None:
+            state_dict = numbered_by_module(state_dict, held, module)
+        self._number_by_module = False
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but by the parameters' names where there are any; statistics stay float32 (torch casts them).
+
+        Collective under FSDP1, and with ``adopt_state``.
+
+        Args:
+            state_dict: Of an optimizer of the same class over the same parameters, saved under any strategy; with
+                ``adopt_state`` of any optimizer over them that has a momentum.
 
         Raises:
-            ValueError: If it holds another state of some parameter than this optimizer; nothing is loaded then.
+            ValueError: If it is of another algorithm, model or routing, or incomplete; nothing is loaded then.
         """
-        check_state(self, state_dict, [name for group in self.param_groups for name in parameter_names(group)])
-        super().load_state_dict(state_dict)
-        restore_statistics(self, state_dict)
+        held, module, groups = self._held(), self._module(), self.param_groups
+        try:
+            groups, states = self._read(state_dict, held)
+        except ValueError as error:
+            if not self.adopt_state:
+                raise
+            states = adopted(state_dict, held, module, type(self).__name__, str(error))
+            self._start_from([state for state in states if "momentum_buffer" in state])
+            self.has_adopted = True
+        if holds_fsdp1(module):
+            complete(states, held)
+        numbers = iter(range(len(held)))
+        renumbered = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
+        super().load_state_dict({"state": dict(enumerate(states)), "param_groups": renumbered})
+        restore_statistics(states, held, self.state)
+
+    def _held(self) -> list[Held]:
+        """The parameters, in the order of the groups."""
+        held = []
+        for group in self.param_groups:
+            for name, parameter in zip(parameter_names(group), group["params"], strict=True):
+                shape, region = self._regions.get(parameter) or region_of(parameter, name)
+                per_column = self.per_column if self.adaptive and group["orthogonalize"] else None
+                # BackboneFinetuning restores the groups of a resumed run without their state.
+                state = self.state.get(parameter) or self._initial_state(parameter, group)
+                held.append(Held(name, parameter, group, state, shape, region, per_column))
+        return held
+
+    def _read(self, state_dict: dict[str, Any], held: list[Held]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Groups and states of this optimizer's own kind, checked."""
+        cls = type(self).__name__
+        saved = read(state_dict, held, self.param_groups, cls)
+        states = [plain_form(state, h) for state, h in zip(saved.states, held, strict=True)]
+        if holds_fsdp1(self._module()):
+            fill_empty(states, held)
+        check_states(states, held, cls)
+        return saved.groups, states
+
+    def _start_from(self, states: list[dict[str, Any]]) -> None:
+        """Give matrices, in their order, whose momentum came from elsewhere, the state to go on with it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions", "bucket_bytes")
+        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions", "bucket_bytes", "adopt_state")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own if key in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

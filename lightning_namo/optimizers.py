@@ -52,6 +52,21 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
     def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"v": torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=parameter.device)}
 
+    def _start_from(self, states: list[dict[str, Any]]) -> None:
+        """The momentum counts as the gradient of a first step."""
+        entries, _, exchange = self._plan()
+        parts = [
+            entry.layout.sums_of_squares(local_tensor(state["momentum_buffer"]), self.per_column, state["v"].dtype)
+            * exchange.contributes(i)
+            for i, (entry, state) in enumerate(zip(entries, states, strict=True))
+        ]
+        totals = exchange.sum(torch.cat([part.flatten().to(exchange.device, torch.float64) for part in parts]))
+        split = torch.split(totals, [part.numel() for part in parts])
+        for entry, state, total in zip(entries, states, split, strict=True):
+            state["momentum_buffer"] = state["momentum_buffer"] * (1 - entry.group["momentum"])
+            state["v"] = (1 - entry.group["beta2"]) * total.view(state["v"].shape).to(state["v"].dtype)
+            state["step"] = (total.sum() > 0).to(state["step"].dtype)
+
 
 class NAMO(_AdaptiveScale):
     r"""Muon's orthogonalized momentum, scaled by one adaptive number per matrix.

@@ -226,6 +226,11 @@ def _find_entries(module: nn.Module, regions: _Regions) -> list[_Entry]:
     return list(entries.values())
 
 
+def clean_name(name: str) -> str:
+    """A parameter's name without what wrappers (torch.compile, FSDP1, checkpointing, Fabric) add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPED)
+
+
 def _walk(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
     """Every module with its cleaned path, in the order of the module; a shared one at each of its paths."""
     yield path, module

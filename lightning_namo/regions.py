@@ -117,6 +117,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     """The gradient's local shard, laid out like the parameter's; None if there is no gradient.
 
+    A gradient that lies otherwise (the partial sums of a replicated parameter) is replaced by one that does not.
+
     Raises:
         ValueError: For a sparse gradient.
     """
@@ -126,8 +128,27 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     if grad.layout != torch.strided:
         raise ValueError(f"Expected a dense gradient but {name} has a {grad.layout} one. Use sparse=False.")
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
-        grad = grad.redistribute(placements=parameter.placements)
+        parameter.grad = grad = grad.redistribute(placements=parameter.placements)
     return local_tensor(grad)
+
+
+def shard_counts(module: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
+    """Over how many ranks each parameter is cut up; 1 where every rank holds all of it.
+
+    Args:
+        module: The parameters' module with its outermost FSDP1 unit, which knows the runs.
+        parameters: Parameters of the module.
+    """
+    counts: dict[Tensor, int] = {}
+    for unit in FullyShardedDataParallel.fsdp_modules(module):
+        handle = unit._handle
+        if handle is not None and handle.uses_sharded_strategy:
+            runs = (handle.flat_param, *(handle.flat_param._params or ()))
+            counts |= dict.fromkeys(runs, handle.process_group.size())
+    for p in parameters:
+        if isinstance(p, DTensor):
+            counts[p] = math.prod(p.device_mesh.size(i) for i, cut in enumerate(p.placements) if hasattr(cut, "dim"))
+    return [counts.get(parameter, 1) for parameter in parameters]
 
 
 def stored_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -309,6 +330,23 @@ class Layout:
             statistic = statistic.unsqueeze(0)
         rectangle = statistic[:, col:col_end] if per_column else statistic.unsqueeze(-1)
         return self.region.from_rectangle(rectangle.mT if self.transposed else rectangle, local_shape)
+
+    def collect(self, local: Tensor, per_column: bool) -> Tensor:
+        """The inverse of `spread` for statistics that are not negative: zeros where this shard touches nothing.
+
+        Args:
+            local: A statistic, spread over a tensor that lies like the local shard.
+            per_column: As given to `spread`.
+
+        Returns:
+            A tensor of `statistic_shape`; the largest over all shards is the whole.
+        """
+        true, rows, cols = self._true(local)
+        parts = []
+        for begin, end in self._block_bounds(rows):
+            part = nn.functional.pad(true[begin:end], (cols[0], self.matrix_shapes[0][1] - cols[1], 0, 1))
+            parts.append(part.amax(dim=0) if per_column else part.amax())
+        return torch.stack(parts).view(self.statistic_shape(per_column))
 
     def _true_bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of the true matrix that the local rectangle touches."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -94,6 +94,12 @@ class WarmupStableDecay:
 
 class _EveryGroup(LambdaLR):
     """One multiplier for all groups, those that are added later too (BackboneFinetuning): torch's refuses them."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; learning rates stay this run's where the optimizer took over another one's state."""
+        if getattr(self.optimizer, "has_adopted", False):
+            state_dict = {**state_dict, "base_lrs": self.base_lrs}
+        super().load_state_dict(state_dict)
 
     def get_lr(self) -> list[float | Tensor]:
         multiplier = self.lr_lambdas[0]

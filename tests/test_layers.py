@@ -13,11 +13,13 @@ PACKAGE = Path(__file__).parents[1] / "lightning_namo"
 # From the papers up to the command line. A module imports those to the left of it in its row and those in rows above.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "rules", "orthogonalize", "regions", "spectra"),
-    ("plan", "exchange", "checkpoint", "adamw", "param_groups"),
+    ("plan", "exchange", "adamw", "param_groups", "checkpoint", "adoption"),
     ("grouped", "base", "optimizers", "schedules"),
     (
         "factory",
         "callbacks",
+        "clipping",
+        "clipping",
         "gpt2",
         "gpt2.corpus",
         "gpt2.corpus.build",
@@ -25,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gpt2.loaders",
         "gpt2.data",
         "gpt2.model",
+        "gpt2.parallel",
         "gpt2.module",
         "gpt2.summary",
         "gpt2.export",

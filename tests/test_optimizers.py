@@ -877,7 +877,8 @@ def test_the_state_of_another_algorithm_is_refused_and_nothing_is_loaded(other):
     optimizer = run(build(NAMOD), 0)
     before = [snapshot(optimizer, p) for p in parameters(optimizer)]
     with pytest.raises(
-        ValueError, match=r"Expected the state of .* to be .* but the checkpoint has .*Nothing was loaded"
+        ValueError,
+        match=f"a checkpoint of NAMOD, but it has algorithm='{other.__name__}'.*adopt_state.*Nothing was loaded",
     ):
         optimizer.load_state_dict(run(build(other), 0, 1).state_dict())
     for p, kept in zip(parameters(optimizer), before, strict=True):
@@ -889,5 +890,5 @@ def test_states_assigned_to_other_parameters_by_position_are_refused():
     state = NAMO([{"params": [matrix]}, {"params": [table], "orthogonalize": False}]).state_dict()
     state["state"] = {0: state["state"][1], 1: state["state"][0]}
     optimizer = NAMO([{"params": [matrix]}, {"params": [table], "orthogonalize": False}])
-    with pytest.raises(ValueError, match=r"saved on one device or under DDP and is loaded under ModelParallelStrategy"):
+    with pytest.raises(ValueError, match=r"the checkpoint has exp_avg \(6, 6\), exp_avg_sq \(6, 6\), step \(\)"):
         optimizer.load_state_dict(state)

@@ -1,0 +1,95 @@
+"""Going on from another optimizer's checkpoint: its momentum is taken over, the rest starts anew, and it is said."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_namo.checkpoint import Held, State, check_names, local_part, plain_form, saved_names, some
+from lightning_namo.param_groups import clean_name
+
+
+def adopted(
+    state_dict: Mapping[str, Any], held: Sequence[Held], module: nn.Module | None, cls: str, reason: str
+) -> list[State]:
+    """States to go on with, in the plain form: those of AdamW's parameters whole, of matrices the momentum.
+
+    Args:
+        state_dict: Of an optimizer over the same parameters, with ``momentum_buffer`` or ``exp_avg`` of the matrices.
+        held: The parameters of the optimizer that goes on.
+        module: Whose parameters they are; gives names to a state dict that has none.
+        cls: Name of the optimizer's class.
+        reason: Why the state dict does not load as it is.
+
+    Raises:
+        ValueError: If it is of other parameters.
+    """
+    saved = _by_name(state_dict, held, module, reason)
+    states, taken = [], {"momentum": 0, "whole": 0}
+    fresh = []
+    for h in held:
+        group, theirs = saved[clean_name(h.name)]
+        state = {key: torch.zeros_like(value) for key, value in h.state.items()}
+        if "exp_avg" in state:
+            theirs = plain_form(theirs, h)
+            whole = {key: theirs[key] for key in state if key in theirs}
+            if whole.keys() == state.keys():
+                state, found = {**state, **whole}, "whole"
+            else:
+                found = ""
+        else:
+            momentum = _momentum(theirs, group, h)
+            found = "" if momentum is None else "momentum"
+            state["momentum_buffer"] = state["momentum_buffer"] if momentum is None else momentum
+        for key, value in state.items():
+            if value.shape != h.state[key].shape:
+                raise ValueError(
+                    f"Expected {key} of {h.name} to have shape {tuple(h.state[key].shape)} but the checkpoint's has "
+                    f"{tuple(value.shape)}. It is of another model. Nothing was loaded."
+                )
+        states.append(state)
+        if found:
+            taken[found] += 1
+        elif h.region.numel:
+            fresh.append(h.name)
+    warnings.warn(
+        f"{cls} goes on from another optimizer's checkpoint ({reason.partition('. ')[0]}). Taken over: the momentum of "
+        f"{taken['momentum']} matrices, from which v starts, and the whole state of {taken['whole']} AdamW parameters. "
+        f"Starting anew: {some(fresh) or 'none'}. Hyper-parameters are this run's.",
+        stacklevel=4,
+    )
+    return states
+
+
+def _by_name(
+    state_dict: Mapping[str, Any], held: Sequence[Held], module: nn.Module | None, reason: str
+) -> dict[str, tuple[dict[str, Any], State]]:
+    """The group and the state of every parameter of a state dict."""
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    names = saved_names(groups)
+    if names is None:
+        ids = [(index, i) for index, group in enumerate(groups) for i in group["params"]]
+        if all(isinstance(i, str) for _, i in ids):
+            names = {clean_name(i): (index, i) for index, i in ids}
+        else:
+            parameters = [] if module is None else [n for n, p in module.named_parameters() if p.requires_grad]
+            if len(groups) > 1 or len(parameters) != len(ids):
+                raise ValueError(f"{reason} It has no names of parameters either, so that none can be taken over.")
+            names = {clean_name(name): place for name, place in zip(parameters, ids, strict=True)}
+    check_names(names, held)
+    return {name: (groups[index], states.get(i, {})) for name, (index, i) in names.items()}
+
+
+def _momentum(saved: State, group: Mapping[str, Any], held: Held) -> Tensor | None:
+    """The momentum of a matrix, free of its start at zero where the step and the decay are known."""
+    momentum = saved.get("exp_avg", saved.get("momentum_buffer"))
+    if not isinstance(momentum, Tensor):
+        return None
+    local: Tensor = local_part(momentum, held)
+    decay = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
+    step = float(saved.get("step", 0.0))
+    return local / (1 - decay**step) if step > 0 else local
