@@ -89,7 +89,7 @@ def _momentum(saved: State, group: Mapping[str, Any], held: Held) -> Tensor | No
     momentum = saved.get("exp_avg", saved.get("momentum_buffer"))
     if not isinstance(momentum, Tensor):
         return None
-    local: Tensor = local_part(momentum, held)
+    local: Tensor = local_part(momentum, held).to(held.parameter)
     decay = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
     step = float(saved.get("step", 0.0))
     return local / (1 - decay**step) if step > 0 else local

@@ -8,6 +8,7 @@ the same entries for all parameters of a unit; so what is saved under it has the
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.optim.optimizer import Optimizer
 
 from lightning_namo.param_groups import clean_name
 from lightning_namo.regions import Block, Layout, Region, local_tensor, stored_shape
@@ -63,11 +65,6 @@ class Saved:
     states: list[State]
 
 
-def writes(rank: int) -> bool:
-    """Whether this process is a rank, or the only one."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == rank
-
-
 def holds_fsdp1(module: nn.Module | None) -> bool:
     """Whether a module has FSDP1 units."""
     return module is not None and any(isinstance(m, FullyShardedDataParallel) for m in module.modules())
@@ -76,20 +73,35 @@ def holds_fsdp1(module: nn.Module | None) -> bool:
 # ---------------------------------------------------------------------- saving
 
 
-def numbered_by_module(state_dict: dict[str, Any], held: Sequence[Held], module: nn.Module) -> dict[str, Any]:
-    """Give parameters their positions in ``module.parameters()`` as ids, for Lightning.
+def number_by_module(optimizer: Optimizer, module: nn.Module) -> None:
+    """Let an optimizer give parameters their positions in ``module.parameters()`` as ids when Lightning saves it.
 
-    torch numbers by groups. Lightning turns the ids of a checkpoint into names by the order of the module, when it is
-    resumed under FSDP or ModelParallelStrategy; ids by groups would give each parameter the state of another.
+    torch numbers by groups. When a run is resumed under FSDP or ModelParallelStrategy, Lightning turns the ids of a
+    checkpoint of one device or DDP into names by the order of the module: ids by groups would give each parameter the
+    state of another. torch.distributed.checkpoint counts by groups. What tells the two apart is that Lightning and
+    Fabric call ``consolidate_state_dict`` right before ``state_dict`` if an optimizer has it, on one device and under
+    DDP, and nothing else does.
     """
-    positions = {id(parameter): position for position, parameter in enumerate(module.parameters())}
-    if any(id(h.parameter) not in positions for h in held):
-        return state_dict
-    new = [positions[id(h.parameter)] for h in held]
-    return {
-        "state": {new[i]: state for i, state in state_dict["state"].items()},
-        "param_groups": [{**g, "params": [new[i] for i in g["params"]]} for g in state_dict["param_groups"]],
-    }
+    reference, asked = weakref.ref(module), False
+
+    def consolidate_state_dict(to: int = 0) -> None:
+        nonlocal asked
+        asked = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == to
+
+    def renumber(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
+        nonlocal asked
+        by_module, asked, root = asked, False, reference()
+        positions = {} if root is None else {id(p): position for position, p in enumerate(root.parameters())}
+        new = [positions.get(id(p)) for group in optimizer.param_groups for p in group["params"]]
+        if not by_module or None in new:
+            return None
+        return {
+            "state": {new[i]: state for i, state in state_dict["state"].items()},
+            "param_groups": [{**g, "params": [new[i] for i in g["params"]]} for g in state_dict["param_groups"]],
+        }
+
+    optimizer.consolidate_state_dict = consolidate_state_dict  # type: ignore[attr-defined]
+    optimizer.register_state_dict_post_hook(renumber)
 
 
 def flat_form(held: Held) -> State:

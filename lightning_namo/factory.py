@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_namo.base import OrthogonalizedOptimizer
+from lightning_namo.checkpoint import number_by_module
 from lightning_namo.param_groups import ParameterGroups, split_parameters
 from lightning_namo.schedules import WarmupStableDecay
 
@@ -156,6 +157,8 @@ def make_optimizer(
         raise ValueError(
             f"Expected adopt_state=True with NAMO, NAMOD, Muon or AdaMuon. Got {type(optimizer).__name__}."
         )
+    if (module := groups.module()) is not None:
+        number_by_module(optimizer, module)
     for group in optimizer.param_groups:
         for key in ("orthogonalize", "transposed", "blocks"):
             group.pop(key, None)

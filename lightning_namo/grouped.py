@@ -21,11 +21,10 @@ from lightning_namo.checkpoint import (
     fill_empty,
     flat_form,
     holds_fsdp1,
-    numbered_by_module,
+    number_by_module,
     plain_form,
     read,
     restore_statistics,
-    writes,
 )
 from lightning_namo.orthogonalize import newton_schulz_polynomials
 from lightning_namo.param_groups import ParameterGroups
@@ -62,7 +61,6 @@ class GroupedOptimizer(Optimizer):
     adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
     adopt_state: bool = False
     has_adopted: bool = False
-    _number_by_module: bool = False
     _adamw_skipped: Tensor | None = None
     _warned: bool = False
 
@@ -78,6 +76,8 @@ class GroupedOptimizer(Optimizer):
             self._module = params.module
         shared = {key: matrix_defaults[key] for key in ("lr", "weight_decay", "momentum")}
         super().__init__(cast(Any, params), shared)
+        if (module := self._module()) is not None:
+            number_by_module(self, module)
         if not any(group["orthogonalize"] and group["params"] for group in self.param_groups):
             raise ValueError(
                 f"Expected at least one matrix to orthogonalize but no parameter group of {type(self).__name__} has "
@@ -204,27 +204,12 @@ class GroupedOptimizer(Optimizer):
         """What a subclass keeps besides momentum."""
         return {}
 
-    def consolidate_state_dict(self, to: int = 0) -> None:
-        """Make the next `state_dict` number the parameters by the module, as the reader of it will.
-
-        Lightning and Fabric call this right before `state_dict` when they save on one device or under DDP, and at no
-        other time; torch.distributed.checkpoint, which counts by groups, does not call it.
-
-        Args:
-            to: Rank that saves.
-        """
-        self._number_by_module = writes(to)
-
     def state_dict(self) -> dict[str, Any]:
         """As torch's; under FSDP1 in the form that FSDP1 can gather (`lightning_namo.checkpoint`)."""
         state_dict = super().state_dict()
-        held, module = self._held(), self._module()
-        if holds_fsdp1(module):
+        if holds_fsdp1(self._module()):
             ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-            state_dict["state"] = {i: flat_form(h) for i, h in zip(ids, held, strict=True) if i in state_dict["state"]}
-        elif self._number_by_module and module is not None:
-            state_dict = numbered_by_module(state_dict, held, module)
-        self._number_by_module = False
+            state_dict["state"] = {i: flat_form(h) for i, h in zip(ids, self._held(), strict=True)}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,6 +32,7 @@ from tests.distributed.worker import clean, relative_error, whole
 
 STEPS, SAVED_AT, BATCH = 6, 3, 6
 OPTIMIZERS: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon}
+ADOPTER = NAMOD  # goes on where AdamW stopped
 
 
 class Net(pl.LightningModule):
@@ -66,9 +67,13 @@ class Net(pl.LightningModule):
         return DataLoader(torch.zeros(STEPS))
 
     def configure_optimizers(self) -> Any:
-        hyper: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
         schedule = WarmupStableDecay(warmup=2, decay=2, total_steps=STEPS)
-        return optimize_with(OPTIMIZERS[self.optimizer], schedule=schedule, **hyper)(self)
+        if self.optimizer == "AdamW":
+            return optimize_with(torch.optim.AdamW, schedule=schedule, lr=0.005)(self)
+        hyper: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
+        adopt_state = self.optimizer == "adopter"
+        cls = ADOPTER if adopt_state else OPTIMIZERS[self.optimizer]
+        return optimize_with(cls, schedule=schedule, adopt_state=adopt_state, **hyper)(self)
 
 
 class FullFSDPStrategy(CPUFSDPStrategy):
@@ -122,6 +127,11 @@ PLACES: dict[str, tuple[int, Callable[[], str | Strategy], Any]] = {
     "fsdp2 3 sharded": (3, lambda: model_parallel(3, 1, True), _fsdp2),
     "tp 2": (2, lambda: model_parallel(1, 2, False), _tp),
     "tp 2 sharded": (2, lambda: model_parallel(1, 2, True), _tp),
+    "single bf16": (1, lambda: "auto", None),
+    "fsdp1 2 bf16": (2, lambda: FullFSDPStrategy(state_dict_type="full"), None),
+    "fsdp1 2 bf16 sharded": (2, lambda: CPUFSDPStrategy(state_dict_type="sharded"), None),
+    "fsdp2 2 bf16": (2, lambda: model_parallel(2, 1, False), _fsdp2),
+    "fsdp2 2 bf16 sharded": (2, lambda: model_parallel(2, 1, True), _fsdp2),
 }
 
 
@@ -138,6 +148,7 @@ def fit(place: str, optimizer: str, folder: str, resume: str | None = None) -> d
         devices=devices,
         strategy=strategy(),
         max_steps=STEPS,
+        precision="bf16-true" if "bf16" in place else None,
         callbacks=[] if resume else [saver],
         enable_checkpointing=not resume,
         logger=False,
@@ -147,6 +158,8 @@ def fit(place: str, optimizer: str, folder: str, resume: str | None = None) -> d
     )
     trainer.fit(module, ckpt_path=resume)
     assert trainer.global_step == STEPS
+    for state in trainer.optimizers[0].state.values():
+        assert all(state[key].dtype in (torch.float32, torch.float64) for key in ("step", "v") if key in state)
     root = trainer.strategy.model
     if isinstance(root, FSDP):
         with FSDP.summon_full_params(root, writeback=False):
@@ -162,7 +175,9 @@ def run_cases(rank: int, cases: list[tuple[str, str, str | None]], folder: str) 
     os.environ.update(NODE_RANK="0")
     answers = {}
     for to, optimizer, source in cases:
-        resume = None if source is None else checkpoint(source, optimizer, folder)
+        resume = (
+            None if source is None else checkpoint(source, "AdamW" if optimizer == "adopter" else optimizer, folder)
+        )
         answers[to, optimizer, source] = fit(to, optimizer, folder, resume)
     return answers
 
@@ -173,15 +188,18 @@ def readable(source: str, to: str) -> bool:
     return "sharded" not in source or kind[source.split()[0]] == kind.get(to.split()[0])
 
 
-RESUMING = [place for place in PLACES if "sharded" not in place]
+PLAIN = [place for place in PLACES if "bf16" not in place]
+RESUMING = [place for place in PLAIN if "sharded" not in place]
 EVERYWHERE = ("NAMOD", "AdaMuon")  # v by column, v by element; the others in a part of the table
 CASES = [
     (source, to, optimizer)
     for to in RESUMING
-    for source in PLACES
+    for source in PLAIN
     for optimizer in OPTIMIZERS
     if readable(source, to) and (optimizer in EVERYWHERE or to in ("single", "fsdp1 2", "fsdp2 2"))
 ]
+CASES += [(place, place.removesuffix(" sharded"), o) for place in PLACES if "bf16" in place for o in OPTIMIZERS]
+ADOPTIONS = [("single", to, "adopter") for to in RESUMING]
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +213,7 @@ def uninterrupted(folder: str) -> dict[Any, dict[str, Tensor]]:
     answers: dict[Any, dict[str, Tensor]] = {}
     for world in (1, 2, 3):
         cases = [(p, o, None) for p in PLACES for o in OPTIMIZERS if PLACES[p][0] == world]
-        answers |= run_ranks(run_cases, world, cases, folder)[0]
+        answers |= run_ranks(run_cases, world, [*cases, *[("single", "AdamW", None)] * (world == 1)], folder)[0]
     return answers
 
 
@@ -203,7 +221,7 @@ def uninterrupted(folder: str) -> dict[Any, dict[str, Tensor]]:
 def resumed(folder: str, uninterrupted: dict[Any, dict[str, Tensor]]) -> dict[Any, dict[str, Tensor]]:
     answers: dict[Any, dict[str, Tensor]] = {}
     for world in (1, 2, 3):
-        cases = [(to, o, source) for source, to, o in CASES if PLACES[to][0] == world]
+        cases = [(to, o, source) for source, to, o in CASES + ADOPTIONS if PLACES[to][0] == world]
         answers |= run_ranks(run_cases, world, cases, folder)[0]
     return answers
 
@@ -213,8 +231,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     source: str, to: str, optimizer: str, uninterrupted: dict[Any, Any], resumed: dict[Any, Any]
 ) -> None:
     expected, actual = uninterrupted[source, optimizer, None], resumed[to, optimizer, source]
-    float32 = "fsdp1" in source + to
-    tolerance = 1e-5 if float32 else 0 if source == to else 1e-12
+    same_world = source.removesuffix(" sharded") == to
+    tolerance = 0 if same_world else 1e-5 if "fsdp1" in source + to else 1e-12  # FSDP1 trains in float32
     assert actual.keys() == expected.keys()
     for name, weight in actual.items():
         assert relative_error(weight, expected[name]) <= tolerance, name
+
+
+@pytest.mark.parametrize("to", RESUMING)
+def test_a_run_of_adamw_goes_on_with_namo_d_as_on_one_device(to: str, resumed: dict[Any, Any]) -> None:
+    expected, actual = resumed["single", "adopter", "single"], resumed[to, "adopter", "single"]
+    for name, weight in actual.items():
+        assert relative_error(weight, expected[name]) <= (1e-5 if "fsdp1" in to else 1e-12), name
