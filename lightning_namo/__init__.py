@@ -1,6 +1,7 @@
 """NAMO and NAMO-D for PyTorch Lightning and Fabric (arXiv 2602.17080)."""
 
 from lightning_namo.callbacks import OptimizerCallback
+from lightning_namo.clipping import ClipsGradients, GradientClipping, clip_gradients, gradient_norm
 from lightning_namo.factory import build_optimizer, optimize_with
 from lightning_namo.optimizers import NAMO, NAMOD, AdaMuon, Muon
 from lightning_namo.orthogonalize import orthogonalize
@@ -12,10 +13,14 @@ __all__ = [
     "NAMO",
     "NAMOD",
     "AdaMuon",
+    "ClipsGradients",
+    "GradientClipping",
     "Muon",
     "OptimizerCallback",
     "WarmupStableDecay",
     "build_optimizer",
+    "clip_gradients",
+    "gradient_norm",
     "optimize_with",
     "orthogonalize",
     "split_parameters",

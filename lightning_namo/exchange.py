@@ -230,6 +230,14 @@ class Exchange:
         return [(index, local.get(index, empty)) for index in bucket]
 
 
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Average a tensor over the ranks, in place; the same bits on all of them."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
 def _dtype(matrix: Matrix) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, matrix.dtype.removeprefix("torch.")))
 

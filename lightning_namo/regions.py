@@ -151,6 +151,21 @@ def shard_counts(module: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
     return [counts.get(parameter, 1) for parameter in parameters]
 
 
+def sum_of_squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``||X||_F^2``, (), row by row and then over the rows.
+
+    In one go torch's kernel for the CPU adds up in a chain, whose float32 rounding grows with the tensor: 4e-5 of the
+    norm of 768 x 3072 elements, 5e-3 of that of 4096 x 16384, and another one for each way to shard it.
+    """
+    if tensor.dim() > 1:
+        rows = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), dtype=dtype)
+        return cast(Tensor, rows).square().sum()
+    whole = tensor.numel() - tensor.numel() % 1024
+    rows = torch.linalg.vector_norm(tensor[:whole].view(-1, 1024), dim=1, dtype=dtype)
+    rest = torch.linalg.vector_norm(tensor[whole:], dtype=dtype)
+    return cast(Tensor, rows.square().sum() + rest.square())
+
+
 def stored_shape(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of the stored matrix of a parameter with the given full shape."""
     return (shape[0] if shape else 1), math.prod(shape[1:])
@@ -304,14 +319,14 @@ class Layout:
             A tensor of `statistic_shape`; summed over distinct shards it gives the whole matrix's.
         """
         if len(self.blocks) == 1 and not per_column:
-            return cast(Tensor, torch.linalg.vector_norm(local, dtype=dtype)).square()
+            return sum_of_squares(local, dtype)
         true, rows, cols = self._true(local)
         totals = true.new_zeros(self.matrix_shapes[0][1], dtype=dtype) if per_column else None
         sums = []
         for begin, end in self._block_bounds(rows):
             part = true[begin:end]
             if totals is None:
-                sums.append(torch.linalg.vector_norm(part, dtype=dtype).square())
+                sums.append(sum_of_squares(part, dtype))
             else:
                 column_sums = totals.clone()
                 column_sums[cols[0] : cols[1]] = torch.linalg.vector_norm(part, dim=0, dtype=dtype).square()
