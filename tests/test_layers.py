@@ -38,7 +38,7 @@ LAYER = {module: number for number, row in enumerate(LAYERS) for module in row}
 PLACE = {module: place for place, module in enumerate(module for row in LAYERS for module in row)}
 
 LIGHTNING_FROM = 3
-DISTRIBUTED_IN = {"regions", "exchange", "checkpoint"}
+DISTRIBUTED_IN = {"regions", "exchange", "checkpoint", "gpt2.parallel"}
 
 
 def name_of(path: Path) -> str:

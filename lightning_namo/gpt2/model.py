@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
 INIT_STD = 0.02
 """Standard deviation of GPT-2's initial weights."""
@@ -83,7 +84,7 @@ class CausalSelfAttention(nn.Module):
         C = config.n_embd
         self.head_size = C // config.n_head
         self.dropout = config.dropout
-        self.c_attn = _Linear(C, 3 * C, bias=config.bias)
+        self.c_attn: nn.Linear = _Linear(C, 3 * C, bias=config.bias)
         self.c_proj = _Linear(C, C, bias=config.bias, std=config.residual_std)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -115,10 +116,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, normalized on the way in: the unit to compile, checkpoint or shard."""
+    """A transformer block, normalized on the way in: the unit to compile, checkpoint or shard.
 
-    def __init__(self, config: GPT2Config) -> None:
+    Args:
+        config: The shape.
+        activation_checkpointing: Whether to keep only the input for the backward pass, and compute the rest again.
+    """
+
+    def __init__(self, config: GPT2Config, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
+        self.activation_checkpointing = activation_checkpointing
         self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
@@ -126,6 +133,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, T, C)` to `(B, T, C)`."""
+        # In here and not around the block: names stay, and the hooks of FSDP run once in each direction.
+        if self.activation_checkpointing:
+            return checkpoint(self._layers, x, use_reentrant=False)  # type: ignore[no-any-return]
+        return self._layers(x)
+
+    def _layers(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -137,9 +150,13 @@ class GPT2(nn.Module):
     Initialization is GPT-2's: weights N(0, 0.02²), the projections into the residual stream N(0, 0.02² / (2
     `n_layer`)), biases 0, norms 1 (Radford et al. 2019, section 2.3). Position embeddings get 0.02 as in
     nanoGPT, where OpenAI has 0.01.
+
+    Args:
+        config: The shape.
+        activation_checkpointing: Whether blocks keep only their inputs for the backward pass.
     """
 
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, *, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config = config
         wte = _Embedding(config.vocab_size, config.n_embd)
@@ -148,7 +165,9 @@ class GPT2(nn.Module):
                 "wte": wte,
                 "wpe": _Embedding(config.block_size, config.n_embd),
                 "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "h": nn.ModuleList(
+                    Block(config, activation_checkpointing=activation_checkpointing) for _ in range(config.n_layer)
+                ),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )

@@ -3,23 +3,27 @@
 from functools import lru_cache
 
 import torch
-from lightning import LightningModule
 from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_namo.clipping import ClipsGradients
+from lightning_namo.exchange import mean_over_ranks
 from lightning_namo.gpt2.data import data_parallel
 from lightning_namo.gpt2.loaders import IGNORED, Batch
 from lightning_namo.gpt2.model import GPT2, GPT2Config
+from lightning_namo.gpt2.parallel import shard
 from lightning_namo.types import HalfOpenUnit, PositiveInt
 
 
-class GPT2Module(LightningModule):
+class GPT2Module(ClipsGradients):
     """Trains a `GPT2` on the cross-entropy of the next token.
 
-    It logs `train/loss` of each micro-batch (of rank 0) and, over the whole validation set and all ranks,
-    `val/loss` and `val/perplexity`. There is no `configure_optimizers` here: add an `OptimizerCallback`, or
-    define it in a subclass.
+    It logs `train/loss` of a micro-batch, over all ranks, and `val/loss` and `val/perplexity` over the whole
+    validation set. There is no `configure_optimizers` here: add an `OptimizerCallback`, or define it in a subclass.
+
+    Under Lightning's ModelParallelStrategy (or `MeshStrategy`) the network is sharded, block by block, with FSDP2, and
+    divided over the tensor-parallel ranks. Other strategies need nothing from here.
 
     Args:
         vocab_size: Tokens in the vocabulary, V; the data module knows how many its tokenizer has.
@@ -29,9 +33,18 @@ class GPT2Module(LightningModule):
         n_embd: Channels, C.
         bias: Whether linear layers and layer norms have a bias.
         dropout: Probability of dropping an activation in training, in [0, 1).
+        activation_checkpointing: Whether blocks keep only their inputs for the backward pass, and compute the rest
+            again: less memory, about a third more time.
+        compile: Whether to compile each block with `torch.compile`.
+        replicas: Copies of the sharded network under ModelParallelStrategy (HSDP), a divisor of the data-parallel
+            ranks; each copy is sharded over neighbouring ranks.
+        gather_bf16: Whether, under ModelParallelStrategy with precision bf16-mixed, shards are cast to bfloat16
+            before they are gathered: half the bytes. Activations between layers are bfloat16, too. False gathers
+            float32 and leaves casting to autocast, as on one device.
 
     Raises:
-        ValueError: `n_head` does not divide `n_embd`.
+        ValueError: `n_head` does not divide `n_embd`, or, when the network is built, `replicas` or
+            the tensor-parallel ranks do not divide what they should.
     """
 
     model: GPT2
@@ -45,16 +58,44 @@ class GPT2Module(LightningModule):
         n_embd: PositiveInt = 768,
         bias: bool = False,
         dropout: HalfOpenUnit = 0.0,
+        activation_checkpointing: bool = False,
+        compile: bool = False,
+        replicas: PositiveInt = 1,
+        gather_bf16: bool = True,
     ) -> None:
         super().__init__()
-        self.save_hyperparameters()
+        # The shape only: a checkpoint loads whatever way its run was divided.
+        self.save_hyperparameters(ignore=["activation_checkpointing", "compile", "replicas", "gather_bf16"])
         self.config = GPT2Config(vocab_size, block_size, n_layer, n_head, n_embd, bias, dropout)
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_blocks = compile
+        self.replicas = replicas
+        self.gather_bf16 = gather_bf16
         self._batch_size = 0
 
     def configure_model(self) -> None:
         """Build the network once; strategies that shard call this again before validation or testing."""
-        if "model" not in self._modules:
-            self.model = GPT2(self.config)
+        if "model" in self._modules:
+            return
+        self.model = GPT2(self.config, activation_checkpointing=self.activation_checkpointing)
+        if self.device_mesh is not None:
+            self._shard()
+        elif self.replicas > 1:
+            raise ValueError(f"Expected replicas of 1 without a ModelParallelStrategy. Got {self.replicas}.")
+        if self.compile_blocks:
+            for block in self.model.transformer["h"].children():
+                block.compile()
+
+    def _shard(self) -> None:
+        mesh = self.device_mesh
+        assert mesh is not None
+        if self.compile_blocks and self.activation_checkpointing and mesh["tensor_parallel"].size() > 1:
+            raise ValueError(  # an assertion of torch 2.13: a DeviceMesh is among the saved tensors
+                "Expected compile or activation_checkpointing where tensor_parallel_size is above 1: torch cannot "
+                "combine them there. Got both."
+            )
+        bf16 = self.gather_bf16 and self.trainer.precision == "bf16-mixed"
+        shard(self.model, mesh, replicas=self.replicas, bf16=bf16)
 
     def forward(self, idx: Tensor) -> Tensor:
         """Map token ids `(B, T)` to logits `(B, T, V)`."""
@@ -66,7 +107,7 @@ class GPT2Module(LightningModule):
         self._batch_size = inputs.shape[0]
         total, count = cross_entropy(self(inputs), targets)
         loss = total / count.clamp(min=1)
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", mean_over_ranks(loss.detach().clone()), prog_bar=True)  # sync_dist has a barrier
         return loss
 
     def on_validation_epoch_start(self) -> None:
