@@ -1,16 +1,23 @@
-"""Every strategy's config is a layer over the quickstart, and says what its own comment says."""
+"""The configs: strategies as layers over the quickstart, and the recipes of the paper in every combination."""
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 
-from lightning_namo.cli import main
+from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, WarmupStableDecay, split_parameters
+from lightning_namo.cli import NamoCLI, main
+from lightning_namo.factory import make_optimizer
+from lightning_namo.gpt2.data import accumulation
+from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import MeshStrategy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -75,3 +82,108 @@ def test_data_parallel_ranks_follow_the_processes(
 def test_sizes_that_are_not_the_processes_are_refused_before_any_starts(sizes: dict[str, int]) -> None:
     with pytest.raises(ValueError, match=r"data_parallel_size \* tensor_parallel_size = .*\. Got 6 processes"):
         pl.Trainer(accelerator="cpu", devices=6, strategy=MeshStrategy(**sizes))
+
+
+# --- the recipes: model x optimizer x strategy ------------------------------------------------------
+
+SIZES: dict[str, dict[str, Any]] = {
+    "small": {"layers": 12, "heads": 12, "width": 768, "parameters": 124_373_760, "batch": 480, "steps": 50_000},
+    "medium": {"layers": 24, "heads": 16, "width": 1024, "parameters": 354_599_936, "batch": 480, "steps": 10_000},
+    "large": {"layers": 36, "heads": 20, "width": 1280, "parameters": 773_582_080, "batch": 512, "steps": 10_000},
+}
+OPTIMIZERS: dict[str, tuple[type, dict[str, Any]]] = {  # published learning rates, arXiv 2602.17080 and 2507.11005
+    "adamw": (torch.optim.AdamW, {"lr": 0.0013, "betas": (0.9, 0.95), "weight_decay": 0.1}),
+    "muon": (Muon, {"lr": 0.0013, "momentum": 0.95, "weight_decay": 0.1}),
+    "adamuon": (AdaMuon, {"lr": 0.001, "momentum": 0.95, "weight_decay": 0.1}),
+    "namo": (NAMO, {"lr": 0.012, "momentum": 0.95, "beta2": 0.99, "weight_decay": 0.1}),
+    "namo_d": (NAMOD, {"lr": 0.009, "momentum": 0.95, "beta2": 0.99, "clamp": 0.1, "weight_decay": 0.1}),
+    "medium/adamw": (torch.optim.AdamW, {"lr": 0.0009, "betas": (0.9, 0.95), "weight_decay": 0.1}),
+    "medium/muon": (Muon, {"lr": 0.0009, "momentum": 0.95, "weight_decay": 0.1}),
+    "medium/namo": (NAMO, {"lr": 0.007, "momentum": 0.95, "beta2": 0.99, "weight_decay": 0.1}),
+    "medium/namo_d": (NAMOD, {"lr": 0.009, "momentum": 0.95, "beta2": 0.99, "clamp": 0.9, "weight_decay": 0.1}),
+}
+RECIPES = [(size, optimizer, path.stem) for size in SIZES for optimizer in OPTIMIZERS for path in STRATEGIES]
+
+
+def layers(*names: str) -> list[str]:
+    return [f"--config=configs/{name}.yaml" for name in names]
+
+
+@pytest.fixture
+def instantiated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., NamoCLI]:
+    """Everything that a command line makes, up to the run."""
+    made: list[NamoCLI] = []
+    monkeypatch.setattr(NamoCLI, "_run_subcommand", lambda self, subcommand: made.append(self))
+    monkeypatch.chdir(CONFIGS.parent)
+
+    def make(*options: str) -> NamoCLI:
+        main(["fit", *options])
+        return made[-1]
+
+    return make
+
+
+@functools.cache
+def on_the_meta_device(config: GPT2Config) -> GPT2:
+    with torch.device("meta"):
+        return GPT2(config)
+
+
+def test_every_optimizer_has_a_config() -> None:
+    found = {str(path.relative_to(CONFIGS / "optim").with_suffix("")) for path in (CONFIGS / "optim").rglob("*.yaml")}
+    assert found == {*OPTIMIZERS, "separate_adamw_lr"}
+
+
+@pytest.mark.parametrize(("size", "optimizer", "strategy"), RECIPES)
+def test_a_recipe_is_what_the_paper_says(
+    size: str, optimizer: str, strategy: str, instantiated: Callable[..., NamoCLI]
+) -> None:
+    fsdp1_on_a_cpu = ["--trainer.strategy=auto"] if strategy == "fsdp1" else []  # Lightning refuses it
+    cli = instantiated(
+        *layers(f"gpt2_{size}", f"optim/{optimizer}", f"strategy/{strategy}", "scale/laptop"),
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=4",
+        *fsdp1_on_a_cpu,
+    )
+    table, (cls, hyper) = SIZES[size], OPTIMIZERS[optimizer]
+    config = cli.model.config
+    assert (config.n_layer, config.n_head, config.n_embd) == (table["layers"], table["heads"], table["width"])
+    assert (config.vocab_size, config.block_size, config.bias, config.dropout) == (50304, 1024, False, 0.0)
+    model = on_the_meta_device(config)
+    assert sum(p.numel() for p in model.parameters()) == table["parameters"]
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, OptimizerCallback)]
+    made = make_optimizer(split_parameters(model), callback.optimizer)
+    assert type(made) is cls
+    matrices, others = made.param_groups
+    assert {key: matrices[key] for key in hyper} == hyper
+    assert others["lr"] == hyper["lr"]  # the official runs share it
+    assert (len(matrices["params"]), len(others["params"])) == (4 * table["layers"], 2 * table["layers"] + 3)
+    assert cli.datamodule.global_batch_size == table["batch"]
+    assert (cli.trainer.max_steps, cli.trainer.gradient_clip_val) == (table["steps"], 1.0)
+    assert cli.trainer.precision == "bf16-mixed"
+    assert callback.schedule == WarmupStableDecay(warmup=2000)
+
+
+def test_adamw_can_have_a_learning_rate_of_its_own(instantiated: Callable[..., NamoCLI]) -> None:
+    for optimizer in ("namo", "namo_d", "muon", "adamuon"):
+        options = layers("gpt2_small", f"optim/{optimizer}", "optim/separate_adamw_lr", "scale/laptop")
+        cli = instantiated(*options, "--trainer.accelerator=cpu")
+        (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, OptimizerCallback)]
+        made = make_optimizer(split_parameters(on_the_meta_device(cli.model.config)), callback.optimizer)
+        assert [group["lr"] for group in made.param_groups] == [OPTIMIZERS[optimizer][1]["lr"], 0.0013]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("scale", "processes"), [("laptop", 1), ("one_node", 8), ("multi_node", 32)])
+def test_every_scale_makes_the_global_batch(
+    size: str, scale: str, processes: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(CONFIGS.parent)
+    config = printed(capsys, "fit", *layers(f"gpt2_{size}", "optim/namo", f"scale/{scale}"))
+    assert config["trainer"]["devices"] * config["trainer"]["num_nodes"] == processes
+    data = config["data"]["init_args"]
+    for tensor_parallel in (1, 2, 4, 8):
+        if processes % tensor_parallel == 0:
+            replicas = processes // tensor_parallel
+            steps = accumulation(data["global_batch_size"], data["batch_size"], replicas, 1)
+            assert steps * data["batch_size"] * replicas == SIZES[size]["batch"]

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.nn import functional
 
-from lightning_namo.gpt2.data import TextDataModule
+from lightning_namo.gpt2.data import TextDataModule, accumulation
 from lightning_namo.gpt2.loaders import WindowOrder
 from lightning_namo.gpt2.model import GPT2Config
 from lightning_namo.gpt2.module import GPT2Module, training_flops
@@ -75,6 +75,40 @@ def _trainer(folder: Path, *callbacks: lightning.Callback, **options: Any) -> li
 
 def _save(folder: Path, **when: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, filename="{step}", save_top_k=-1, **when)
+
+
+# The global batch
+
+
+def test_the_global_batch_is_reached_by_accumulation(folder: Path) -> None:
+    data = TextDataModule(str(folder), BLOCK, BATCH, seed=5, vocab_size=257, global_batch_size=3 * BATCH)
+    recorder = Recorder()
+    trainer = _trainer(folder, recorder, max_steps=2)
+    trainer.fit(Module(), data)
+    assert (trainer.accumulate_grad_batches, trainer.global_step) == (3, 2)
+    assert recorder.batches == _expected(6)
+    trainer = _trainer(folder, max_steps=2, accumulate_grad_batches=2)
+    with pytest.raises(ValueError, match=r"Expected trainer\.accumulate_grad_batches 1 or 3.*Got 2"):
+        trainer.fit(Module(), data)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "replicas", "message"),
+    [
+        (
+            7,
+            8,
+            r"480 to be a multiple of data\.batch_size 7 x 8 .* Got 56 .*: data\.batch_size 6 or 5 or",
+        ),
+        (1, 7, r"x 7 data-parallel ranks\. Got 7 sequences at a time: use fewer devices"),
+        (1, 960, r"Got 960 sequences at a time: use fewer devices"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_made_is_refused_with_what_can(
+    batch_size: int, replicas: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        accumulation(480, batch_size, replicas, 1)
 
 
 # Resuming

@@ -26,9 +26,12 @@ class TextDataModule(LightningDataModule):
         num_workers: Processes that read ahead; 0 reads in the training process, which is enough as a rule.
         seed: Seed of the order of the training windows.
         vocab_size: Tokens in the vocabulary of token files that come without a meta.json, such as nanoGPT's.
+        global_batch_size: Sequences in an optimizer step over all ranks. It sets the Trainer's
+            accumulate_grad_batches to what is missing beside `batch_size` and the ranks; None leaves that alone.
 
     Raises:
-        ValueError: On first use, files that are missing or too short; the message says how to make them.
+        ValueError: On first use, files that are missing or too short; the message says how to make them. At the start
+            of fit, a global batch that is no multiple of `batch_size` times the data-parallel ranks.
     """
 
     def __init__(
@@ -39,12 +42,14 @@ class TextDataModule(LightningDataModule):
         num_workers: NonNegativeInt = 0,
         seed: NonNegativeInt = 0,
         vocab_size: PositiveInt | None = None,
+        global_batch_size: PositiveInt | None = None,
     ) -> None:
         super().__init__()
         self.embedded = data_dir is None
         self.folder = Path("data/sotu" if data_dir is None else data_dir)
         self.block_size = block_size
         self.batch_size = batch_size
+        self.global_batch_size = global_batch_size
         self.num_workers = num_workers
         self.seed = seed
         self._vocab_size = vocab_size
@@ -81,6 +86,11 @@ class TextDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Open the token files, for a run from the first window on unless a state is loaded next."""
+        if stage == "fit" and self.trainer is not None and self.global_batch_size is not None:
+            replicas, _ = data_parallel(self.trainer)
+            self.trainer.accumulate_grad_batches = accumulation(
+                self.global_batch_size, self.batch_size, replicas, self.trainer.accumulate_grad_batches
+            )
         self._train_loader, self._state = None, {}
         self.train_windows = TokenWindows(self.folder / "train.bin", self.block_size)
         self.val_windows = TokenWindows(self.folder / "val.bin", self.block_size)
@@ -116,6 +126,38 @@ class TextDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from this position with the next training loader."""
         self._state = state_dict
+
+
+def accumulation(global_batch_size: int, batch_size: int, replicas: int, asked: int) -> int:
+    """Micro-batches to accumulate for a global batch.
+
+    Args:
+        global_batch_size: Sequences in an optimizer step.
+        batch_size: Sequences in a micro-batch of one rank.
+        replicas: Ranks that read different batches.
+        asked: What the Trainer was told; 1 stands for nothing.
+
+    Raises:
+        ValueError: There is no such number, or the Trainer was told another.
+    """
+    together = batch_size * replicas
+    steps, rest = divmod(global_batch_size, together)
+    if rest:
+        fitting = [
+            size for size in range(1, global_batch_size // replicas + 1) if global_batch_size % (size * replicas) == 0
+        ]
+        nearest = sorted(fitting, key=lambda size: abs(size - batch_size))[:3]
+        advice = f"data.batch_size {' or '.join(map(str, nearest))} fits" if nearest else "use fewer devices"
+        raise ValueError(
+            f"Expected data.global_batch_size {global_batch_size} to be a multiple of data.batch_size {batch_size} x "
+            f"{replicas} data-parallel ranks. Got {together} sequences at a time: {advice}."
+        )
+    if asked not in (1, steps):
+        raise ValueError(
+            f"Expected trainer.accumulate_grad_batches 1 or {steps}, which makes data.global_batch_size "
+            f"{global_batch_size} of {batch_size} sequences on {replicas} data-parallel ranks. Got {asked}."
+        )
+    return steps
 
 
 def data_parallel(trainer: Trainer | None) -> tuple[int, int]:
