@@ -101,6 +101,19 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         self._warn_of_strays()
         return loss
 
+    def sharing(self) -> str:
+        """Which rank orthogonalizes how much, a line each. Before the first step this is collective."""
+        entries, _, exchange = self._plan()
+        costs = [_cost(entry) for entry in entries]
+        owned = [[i for i, owner in enumerate(exchange.plan.owners) if owner == r] for r in range(exchange.world_size)]
+        loads = [sum(costs[i] for i in matrices) for matrices in owned]
+        mean = sum(loads) / len(loads)
+        lines = [
+            f"rank {rank}: {len(matrices)} matrices, {load / 1e9:.3g} GFLOP, {load / mean:.3f} of the mean"
+            for rank, (matrices, load) in enumerate(zip(owned, loads, strict=True))
+        ]
+        return "\n".join([*lines, f"rank {exchange.rank} sends {exchange.bytes_sent:,} bytes of matrices a step"])
+
     def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
         """Layouts, families and exchange: built at the first step, and again when the groups have changed."""
         planned_for = [

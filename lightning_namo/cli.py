@@ -11,26 +11,42 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli  # type: ignore[attr-defined]
 from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from torch import nn
 
 import lightning_namo
 from lightning_namo import types
-from lightning_namo.callbacks import OptimizerCallback
+from lightning_namo.callbacks import OptimizerCallback, SaveOnSigterm
+from lightning_namo.checks import check_checkpoint, check_config, check_optimizer, check_routing, check_sections
+from lightning_namo.consolidate import consolidate
+from lightning_namo.forecast import plan
 from lightning_namo.gpt2.data import TextDataModule
+from lightning_namo.gpt2.export import export
+from lightning_namo.gpt2.generate import generate
 from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.gpt2.openwebtext import openwebtext
 from lightning_namo.gpt2.prepare import prepare
+from lightning_namo.sweep import sweep
 
 PROGRAM = "lightning-namo"
 
-COMMANDS: dict[str, Callable[..., Any]] = {"prepare": prepare}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "plan": plan,
+    "prepare": prepare,
+    "prepare openwebtext": openwebtext,
+    "export": export,
+    "consolidate": consolidate,
+    "generate": generate,
+    "sweep": sweep,
+}
 """Commands beside Lightning's. Their parameters are options; what they return is printed."""
+
+LEADING = {"export": "ckpt_path", "consolidate": "ckpt_path", "generate": "ckpt_path", "sweep": "config"}
+"""The option that a value without a name, right after the command, belongs to."""
 
 SECTIONS = ("model", "data", "optim", "optim.optimizer")
 """Options that take a class, or a file that may name one."""
@@ -52,6 +68,10 @@ class Layer(ActionConfigFile):
     @staticmethod
     def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: str) -> None:
         """Add a config, a file or YAML as a string, to what is parsed so far."""
+        try:
+            check_config(value)
+        except ValueError as error:
+            raise TypeError(str(error)) from error
         merged = cfg.clone()
         ActionConfigFile.apply_config(parser, merged, dest, value)
         for section in REFUSED:
@@ -86,6 +106,7 @@ class NamoCLI(LightningCLI):
             LightningDataModule,
             save_config_kwargs={"overwrite": True},  # the same folder may be run in again
             seed_everything_default=0,
+            trainer_defaults={"callbacks": SaveOnSigterm()},  # always there, whatever callbacks a config lists
             parser_kwargs={
                 "prog": PROGRAM,
                 "description": "Train with NAMO, NAMO-D, Muon, AdaMuon or any optimizer of torch.",
@@ -116,16 +137,19 @@ class NamoCLI(LightningCLI):
         for option in args:
             if option.startswith("--") and option.strip("-").partition("=")[0].partition(".")[0] in REFUSED:
                 parser.error(_refusal(option))
-        self.config = parser.parse_args(list(_as_layers(args)))
-        sections = self.config[self.config.subcommand]
+        try:
+            self.config = parser.parse_args(list(_as_layers(args)))
+            sections = self.config[self.config.subcommand]
+            check_sections(sections)
+            check_checkpoint(sections.get("ckpt_path"))
+        except (RecursionError, ValueError) as error:
+            parser.error(str(error))
         _follow_data(sections.model, sections.data)
 
     def before_fit(self) -> None:
-        """Build the optimizer on a matrix: what only its constructor refuses ends the command before the run starts."""
-        try:
-            self.config_init.fit.optim.optimizer([nn.Parameter(torch.zeros(2, 2))])
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"Expected --optim.optimizer to make an optimizer. Got: {error}") from error
+        """What only constructors and the routing refuse ends the command before the run starts."""
+        check_optimizer(self.config_init.fit.optim)
+        check_routing(self.config_init.fit.optim, self.model)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -137,10 +161,14 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     _pass_on_plain_numbers()
     try:
-        if arguments and arguments[0] in COMMANDS:
-            name, *options = arguments
+        # the longest, as `prepare openwebtext` is one too
+        name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default=None)
+        if name is not None:
+            options = arguments[len(name.split()) :]
+            if name in LEADING and options and not options[0].startswith("-"):
+                options = [f"--{LEADING[name]}", *options]
             result = auto_cli(COMMANDS[name], args=options, as_positional=False, prog=f"{PROGRAM} {name}")
-            print(json.dumps(result, indent=2))
+            print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:
             NamoCLI(arguments)
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
@@ -167,7 +195,10 @@ def _pass_on_plain_numbers() -> None:
 
 
 def _plain(restricted: Callable[[Any], Any], base: Callable[[Any], Any], value: Any) -> Any:
-    return base(restricted(value))
+    try:
+        return base(restricted(value))
+    except OverflowError as error:  # the parser adds the option's name to a ValueError
+        raise ValueError(str(error)) from error
 
 
 def _refusal(option: str) -> str:

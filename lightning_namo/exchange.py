@@ -238,6 +238,18 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def check_same(parameters: Sequence[Described]) -> None:
+    """Raise on all ranks, by name, if they have different parameters. Collective where there are other ranks.
+
+    Args:
+        parameters: This rank's, each as name, full shape and dtype.
+    """
+    if dist.is_available() and dist.is_initialized():
+        published: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(published, list(parameters))
+        check_agreement(published)
+
+
 def _dtype(matrix: Matrix) -> torch.dtype:
     return cast(torch.dtype, getattr(torch, matrix.dtype.removeprefix("torch.")))
 

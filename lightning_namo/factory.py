@@ -150,6 +150,7 @@ def make_optimizer(
         ValueError: If it is to take over another optimizer's state and is none of this package.
     """
     optimizer = make(groups)
+    optimizer.routing = str(groups)  # type: ignore[attr-defined]  # for the run card
     if isinstance(optimizer, OrthogonalizedOptimizer):
         optimizer.adopt_state = adopt_state
         return optimizer

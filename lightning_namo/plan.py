@@ -88,12 +88,16 @@ def _longest_first(costs: Sequence[int], order: Sequence[int], world_size: int) 
 
 def _first_fit(costs: Sequence[int], order: Sequence[int], world_size: int, capacity: float) -> list[int] | None:
     owners, loads = [0] * len(costs), [0] * world_size
+    rank, cost = 0, None
     for index in order:
-        rank = next((r for r, load in enumerate(loads) if load + costs[index] <= capacity), None)
-        if rank is None:
+        if costs[index] != cost:  # a rank that was too full for the last matrix is too full for one of the same cost
+            rank, cost = 0, costs[index]
+        while rank < world_size and loads[rank] + cost > capacity:
+            rank += 1
+        if rank == world_size:
             return None
         owners[index] = rank
-        loads[rank] += costs[index]
+        loads[rank] += cost
     return owners
 
 
@@ -119,20 +123,20 @@ def make_plan(published: Sequence[Sequence[Matrix]], bucket_bytes: int) -> Plan:
     matrices = published[0]
     regions = tuple(tuple(m.region for m in rank) for rank in published)
     owners = _keep_local(assign_owners([m.cost for m in matrices], len(published)), regions)
-    senders = tuple(_senders(matrix, index, owners[index], regions) for index, matrix in enumerate(matrices))
+    senders = _senders(matrices, owners, regions)
     return Plan(owners, regions, senders, _buckets(matrices, owners, bucket_bytes))
 
 
 def _keep_local(owners: tuple[int, ...], regions: tuple[tuple[Region, ...], ...]) -> tuple[int, ...]:
     """Rename the owners, greedily, so that ranks own what they hold: loads stay, less travels (under FSDP1 a lot)."""
-    held: dict[tuple[int, int], int] = defaultdict(int)
+    held: dict[int, list[int]] = {}  # by owner: elements on each rank
     for index, owner in enumerate(owners):
-        for rank, of_rank in enumerate(regions):
-            if of_rank[index].numel:
-                held[owner, rank] += of_rank[index].numel
+        numels = [of_rank[index].numel for of_rank in regions]
+        held[owner] = [a + b for a, b in zip(held[owner], numels, strict=True)] if owner in held else numels
     renamed: dict[int, int] = {}
     taken: set[int] = set()
-    for owner, rank in sorted(held, key=lambda pair: (-held[pair], pair)):
+    pairs = ((-numel, owner, rank) for owner, numels in held.items() for rank, numel in enumerate(numels) if numel)
+    for _, owner, rank in sorted(pairs):
         if owner not in renamed and rank not in taken:
             renamed[owner] = rank
             taken.add(rank)
@@ -197,14 +201,29 @@ def _words(described: Described) -> str:
     return " ".join(str(part) for part in described)
 
 
-def _senders(matrix: Matrix, index: int, owner: int, regions: tuple[tuple[Region, ...], ...]) -> dict[Region, int]:
+def _senders(
+    matrices: Sequence[Matrix], owners: tuple[int, ...], regions: tuple[tuple[Region, ...], ...]
+) -> tuple[dict[Region, int], ...]:
     """One sender for each distinct region: the owner itself if it holds it, else the holders take turns."""
+    senders = []
+    known: dict[tuple[int, int], tuple[list[Region], dict[Region, list[int]]]] = {}  # most shapes are cut in one way
+    for index, (matrix, owner) in enumerate(zip(matrices, owners, strict=True)):
+        by_rank = [of_rank[index] for of_rank in regions]
+        if matrix.shape not in known or known[matrix.shape][0] != by_rank:
+            known[matrix.shape] = by_rank, _holders(matrix, by_rank)
+        _, holders = known[matrix.shape]
+        senders.append({r: owner if owner in ranks else ranks[index % len(ranks)] for r, ranks in holders.items()})
+    return tuple(senders)
+
+
+def _holders(matrix: Matrix, by_rank: Sequence[Region]) -> dict[Region, list[int]]:
+    """The ranks that hold each distinct region of a matrix."""
     holders: dict[Region, list[int]] = defaultdict(list)
-    for rank, of_rank in enumerate(regions):
-        if of_rank[index].numel:
-            holders[of_rank[index]].append(rank)
+    for rank, region in enumerate(by_rank):
+        if region.numel:
+            holders[region].append(rank)
     _check_cover(matrix, list(holders))
-    return {region: owner if owner in ranks else ranks[index % len(ranks)] for region, ranks in holders.items()}
+    return holders
 
 
 def _check_cover(matrix: Matrix, regions: list[Region]) -> None:

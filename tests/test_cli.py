@@ -201,9 +201,9 @@ def test_the_same_optimizer_keeps_what_lower_layers_say(fit: Fit) -> None:
 
 
 def test_the_rest_of_the_optimizer_section_reaches_the_callback(fit: Fit) -> None:
-    options = ["--optim.adamw+=*.a", "--optim.adamw+=*.b", '--optim.blocks={"*.c_attn.weight": 3}']
+    options = ["--optim.adamw+=*.wte.weight", "--optim.adamw+=*.c_fc.weight", '--optim.blocks={"*.c_attn.weight": 3}']
     callback = callback_of(fit(*options, "--optim.schedule.warmup=10", "--optim.schedule.decay=0.5")[0])
-    assert list(callback.adamw) == ["*.a", "*.b"]
+    assert list(callback.adamw) == ["*.wte.weight", "*.c_fc.weight"]
     assert callback.blocks == {"*.c_attn.weight": 3}
     assert callback.schedule == WarmupStableDecay(warmup=10, decay=0.5)
 

@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lightning_namo.gpt2 import corpus, prepare
+from lightning_namo.gpt2 import corpus, encoding, prepare
 from lightning_namo.gpt2.corpus import build
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.loaders import (
@@ -151,15 +152,17 @@ def test_text_becomes_token_files(tmp_path: Path) -> None:
 
 def test_the_end_of_a_single_document_is_held_out(tmp_path: Path) -> None:
     (tmp_path / "one.txt").write_text(TEXT)
-    files = prepare.find_files([str(tmp_path / "one.txt")])
-    train, validation = prepare.split_documents(lambda: prepare.read_documents(files, "text"), 0.25, seed=0)
-    (head,), (tail,) = list(train()), list(validation())
+    prepare.prepare([str(tmp_path / "one.txt")], str(tmp_path), vocab_size=300, val_fraction=0.25)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    head, tail = (
+        tokenizer.decode(np.fromfile(tmp_path / f"{name}.bin", dtype="<u2").tolist()) for name in ("train", "val")
+    )
     assert head + tail == TEXT
     assert len(tail) == len(TEXT) // 4
 
 
 def test_long_documents_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "PIECE", 7)
+    monkeypatch.setattr(encoding, "PIECE", 7)
     tokenizer = prepare.train_tokenizer([TEXT], 300)
     prepare.write_dataset(tmp_path, tokenizer, [UNICODE, TEXT], [TEXT], {})
     ids = np.fromfile(tmp_path / "train.bin", dtype="<u2").tolist()
@@ -180,7 +183,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         (None, b"", r"Expected a file or a folder. Got .*x.txt, which does not exist"),
-        ("x.csv", b"1,2", r"Expected a .txt or .jsonl file. Got .*x.csv"),
+        ("x.csv", b"1,2", r"Expected a .txt, .jsonl or .parquet file. Got .*x.csv"),
         ("x.txt", b" \n", r"Expected text in .*x.txt. Got none"),
         ("x.txt", b"\xff\xfe\xfa", r"Expected UTF-8 in .*x.txt"),
         ("x.jsonl", b"\n", r"Expected text in .*x.jsonl. Got an empty file"),
@@ -320,6 +323,46 @@ def test_the_state_counts_what_was_handed_over_and_not_what_was_read_ahead(tmp_p
     resumed.load_state_dict(loader.state_dict())
     seen = torch.cat([seen, next(iter(resumed))[0][:, 0]])
     assert (seen // 4).tolist() == WindowOrder(40, 3).take(0, 12).tolist()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_depend_on_seed_pass_and_rank_alone(tmp_path: Path, num_workers: int) -> None:
+    dataset = _windows(tmp_path, 40)
+
+    def batches(seed: int, epoch: int, rank: int) -> list[list[int]]:
+        loader = TrainLoader(dataset, 2, seed=seed, replicas=2, rank=rank, num_workers=num_workers)
+        loader.load_state_dict({"epoch": epoch, "consumed": 0, "windows": 40, "seed": seed})
+        return [(inputs[:, 0] // 4).tolist() for inputs, _ in loader]
+
+    first = batches(1, 0, 0)
+    assert first == batches(1, 0, 0)
+    others = [batches(2, 0, 0), batches(1, 1, 0), batches(1, 0, 1)]
+    assert all(first != other for other in others)
+    assert {window for batch in first for window in batch}.isdisjoint(window for batch in others[2] for window in batch)
+
+
+def test_the_data_module_continues_within_a_pass_on_other_ranks_and_batches(tmp_path: Path) -> None:
+    windows, block_size = 37, 4
+    for name in ("train", "val"):
+        _token_file(tmp_path / f"{name}.bin", windows * block_size + 1)
+    state: dict[str, object] = {}
+    order: list[int] = []
+    # 20, 48, 60, 96, 101 and 111 of the windows of three passes, each of 37
+    for replicas, batch_size, batches in ((2, 2, 5), (4, 1, 7), (1, 3, 4), (3, 4, 3), (1, 1, 5), (2, 5, 1)):
+        modules = [TextDataModule(str(tmp_path), block_size, batch_size, seed=5) for _ in range(replicas)]
+        for rank, data in enumerate(modules):
+            placement = {"num_replicas": replicas, "rank": rank}
+            data.trainer = SimpleNamespace(distributed_sampler_kwargs=placement)  # type: ignore[assignment]
+            data.setup("fit")
+            data.load_state_dict(json.loads(json.dumps(state)))
+        loaders = [data.train_dataloader() for data in modules]
+        order += _global_order(loaders, batches)
+        state = modules[0].state_dict()
+        assert all(data.state_dict() == state for data in modules)
+    assert len(order) == 3 * windows
+    for epoch in range(3):
+        assert sorted(order[epoch * windows : (epoch + 1) * windows]) == list(range(windows))
+    assert order == WindowOrder(windows, 5).take(0, len(order)).tolist()
 
 
 @given(windows=st.integers(1, 40), batch_size=st.integers(1, 5), replicas=st.integers(1, 4))

@@ -19,26 +19,36 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "factory",
         "callbacks",
         "clipping",
-        "clipping",
+        "run_card",
+        "consolidate",
         "gpt2",
         "gpt2.corpus",
         "gpt2.corpus.build",
+        "gpt2.files",
+        "gpt2.documents",
+        "gpt2.encoding",
+        "gpt2.parts",
         "gpt2.prepare",
+        "gpt2.openwebtext",
         "gpt2.loaders",
         "gpt2.data",
         "gpt2.model",
         "gpt2.parallel",
         "gpt2.module",
         "gpt2.summary",
+        "gpt2.trained",
         "gpt2.export",
+        "estimate",
+        "forecast",
+        "gpt2.generate",
     ),
-    ("", "cli", "__main__"),  # "": the package itself, which gathers the public names
+    ("", "checks", "sweep", "cli", "__main__"),  # "": the package itself, which gathers the public names
 )
 LAYER = {module: number for number, row in enumerate(LAYERS) for module in row}
 PLACE = {module: place for place, module in enumerate(module for row in LAYERS for module in row)}
 
 LIGHTNING_FROM = 3
-DISTRIBUTED_IN = {"regions", "exchange", "checkpoint", "gpt2.parallel"}
+DISTRIBUTED_IN = {"regions", "exchange", "checkpoint", "consolidate", "gpt2.parallel"}
 
 
 def name_of(path: Path) -> str:

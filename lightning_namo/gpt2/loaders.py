@@ -40,7 +40,8 @@ class TokenWindows(Dataset[Batch]):
         if not path.is_file():
             raise ValueError(
                 f"Expected token ids in {path}, which does not exist. Make it with"
-                f" `lightning-namo prepare --inputs+ TEXT_FILE --out_dir {path.parent}`."
+                f" `lightning-namo prepare --inputs+ TEXT_FILE --out_dir {path.parent}`; OpenWebText with"
+                f" `lightning-namo prepare openwebtext --out_dir {path.parent}`."
             )
         size = path.stat().st_size
         if size % 2 or size // 2 < block_size + 1:

@@ -1,0 +1,477 @@
+"""What a step would cost on many ranks, from the exchange's own plan: no process is started, no weights are made.
+
+A model is built on the meta device, each rank's regions follow from the mesh by arithmetic, and `make_plan`, which runs
+in training too, says who owns, sends and receives what. Times follow from the rates that are given.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from lightning_namo.base import Entry, OrthogonalizedOptimizer
+from lightning_namo.grouped import parameter_names
+from lightning_namo.optimizers import AdaMuon
+from lightning_namo.param_groups import clean_name
+from lightning_namo.plan import Matrix, Plan, make_plan
+from lightning_namo.regions import Block, stored_shape
+
+LAYOUTS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
+
+DIVIDED = {  # by tensor parallelism, over which dimension
+    "*.attn.c_attn.*": 0,
+    "*.attn.c_proj.weight": 1,
+    "*.mlp.c_fc.*": 0,
+    "*.mlp.c_proj.weight": 1,
+    "*.attention.w[qkv].weight": 0,
+    "*.attention.wo.weight": 1,
+    "*.feed_forward.w[13].weight": 0,
+    "*.feed_forward.w2.weight": 1,
+}
+"""Globs over the names of `gpt2.parallel`, and of Llama's (divided likewise: Shoeybi et al. 2019, arXiv 1909.08053)."""
+
+WORKSPACE = {"newton_schulz": 6.4, "svd": 9.0}
+"""What `orthogonalize` takes at most, times its argument: measured on a CPU (bfloat16: 5.0 to 6.4)."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Ranks as replicas x shards x tensor-parallel ranks, the last ones neighbours: DDP has replicas only.
+
+    Args:
+        replicas: Copies of the sharded model.
+        shards: Ranks over which FSDP2 divides a copy.
+        tensor: Ranks that share each block.
+    """
+
+    replicas: int
+    shards: int
+    tensor: int
+
+    @classmethod
+    def of(cls, layout: str, ranks: int, replicas: int | None = None, tensor: int | None = None) -> Grid:
+        """The grid of a layout.
+
+        Args:
+            layout: "ddp", "fsdp2", "hsdp" or "fsdp2_tp".
+            ranks: Number of ranks.
+            replicas: Of hsdp, and of fsdp2_tp if it has any; of hsdp ranks / 8 (nodes of eight) unless given.
+            tensor: Tensor-parallel ranks of fsdp2_tp; 2 unless given.
+
+        Raises:
+            ValueError: An unknown layout, a size that it has not, sizes that do not divide the ranks.
+        """
+        if layout not in LAYOUTS:
+            raise ValueError(f"Expected layout to be one of {', '.join(LAYOUTS)}. Got {layout!r}.")
+        if replicas not in (None, 1) and layout in ("ddp", "fsdp2"):
+            raise ValueError(f"Expected replicas with hsdp or fsdp2_tp only. Got {replicas} with {layout}.")
+        if tensor not in (None, 1) and layout != "fsdp2_tp":
+            raise ValueError(f"Expected tensor with fsdp2_tp only. Got {tensor} with {layout}.")
+        if layout == "ddp":
+            return cls(ranks, 1, 1)
+        copies = replicas or (max(ranks // 8, 1) if layout == "hsdp" else 1)
+        parts = tensor or (2 if layout == "fsdp2_tp" else 1)
+        if ranks % (copies * parts):
+            raise ValueError(
+                f"Expected replicas * tensor to divide the {ranks} ranks. Got {copies} * {parts} = {copies * parts}."
+            )
+        return cls(copies, ranks // (copies * parts), parts)
+
+    @property
+    def ranks(self) -> int:
+        """How many there are."""
+        return self.replicas * self.shards * self.tensor
+
+    def region(self, shape: Sequence[int], shard: int, part: int, divided: int | None = None) -> Block:
+        """The region of a parameter that a rank holds.
+
+        Args:
+            shape: The parameter's.
+            shard: Place of the rank among those of its copy that FSDP2 shards over.
+            part: Place among the tensor-parallel ranks.
+            divided: Dimension that tensor parallelism divides; None: it leaves the parameter whole.
+        """
+        rows, cols = stored_shape(shape)
+        begin, end, col, col_end = 0, rows, 0, cols
+        if divided == 0:
+            begin, end = chunk(rows, self.tensor, part)
+        elif divided == 1:
+            inner = cols // shape[1]
+            col, col_end = (bound * inner for bound in chunk(shape[1], self.tensor, part))
+        first, last = chunk(end - begin, self.shards, shard)
+        region = Block(begin + first, begin + last, col, col_end)
+        return region if region.numel else Block(0, 0, 0, 0)
+
+    def each(self, of: Callable[[int, int], Any]) -> list[Any]:
+        """What a function of (shard, part) gives for each rank; called once for all replicas."""
+        return [of(*place) for place in itertools.product(range(self.shards), range(self.tensor))] * self.replicas
+
+
+def chunk(length: int, parts: int, place: int) -> tuple[int, int]:
+    """Bounds of one chunk as torch.chunk cuts: all of ceil(length / parts), the last ones smaller or empty."""
+    size = -(-length // parts)
+    return min(place * size, length), min((place + 1) * size, length)
+
+
+def find_divided(
+    optimizer: OrthogonalizedOptimizer, grid: Grid, divided: Mapping[str, int]
+) -> dict[Tensor, int | None]:
+    """For every parameter the dimension that tensor parallelism divides, by its name.
+
+    Raises:
+        ValueError: If the grid has tensor-parallel ranks and there is none.
+    """
+    found: dict[Tensor, int | None] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(parameter_names(group), group["params"], strict=True):
+            dims = (dim for glob, dim in divided.items() if fnmatchcase(f".{clean_name(name)}", glob))
+            found[parameter] = next(dims, None) if grid.tensor > 1 else None
+    if grid.tensor > 1 and all(dim is None for dim in found.values()):
+        raise ValueError(
+            f"Expected a model that {grid.tensor} tensor-parallel ranks divide, by names like {', '.join(divided)}. "
+            "Got none of them. Take another layout, or estimate(..., divided={'glob': dimension}) in Python."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What times follow from.
+
+    Args:
+        link_gbytes: GB/s that a rank sends, and receives at the same time.
+        tflops: TFLOP/s of a rank in the bfloat16 iteration, achieved.
+        peak_tflops: TFLOP/s of a rank at best; 989 is the H100's for dense bfloat16 matrices.
+        model_flops_utilization: Share of the peak that training reaches, as a fraction.
+    """
+
+    link_gbytes: float = 50.0
+    tflops: float = 400.0
+    peak_tflops: float = 989.0
+    model_flops_utilization: float = 0.4
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank's part in a step; all but the first two in bytes.
+
+    Args:
+        matrices: How many it owns.
+        flops: Of their orthogonalization.
+        sent: In the all-to-alls.
+        received: Likewise.
+        buffers: Highest sum of the exchange's and the iteration's buffers, above parameters, gradients and state.
+        parameters: Of the local shards.
+        gradients: Likewise.
+        state: Of this optimizer.
+        adamw_state: Of AdamW in its place.
+    """
+
+    matrices: int
+    flops: int
+    sent: int
+    received: int
+    buffers: int
+    parameters: int
+    gradients: int
+    state: int
+    adamw_state: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step of an optimizer on the ranks of a grid.
+
+    Args:
+        grid: The ranks.
+        plan: The exchange's.
+        matrices: Whole, in the order of the plan.
+        elements: Of all parameters.
+        ranks: By rank.
+        reduced: Bytes of the all-reduces.
+        all_to_alls: How many a step has.
+        all_reduces: Likewise.
+        compute_seconds: Of the orthogonalization where each bucket waits for its busiest rank.
+        communication_seconds: Of all-to-alls and all-reduces, each waiting for the rank with the most bytes.
+        overlapped_seconds: Of the step, communication running beside the computation as `Exchange.map` lets it.
+        training_seconds: Of forward and backward passes: 6 FLOPs per parameter and token. None without tokens.
+    """
+
+    grid: Grid
+    plan: Plan
+    matrices: tuple[Matrix, ...]
+    elements: int
+    ranks: tuple[Rank, ...]
+    reduced: int
+    all_to_alls: int
+    all_reduces: int
+    compute_seconds: float
+    communication_seconds: float
+    overlapped_seconds: float
+    training_seconds: float | None
+
+    @property
+    def flops(self) -> int:
+        """Of orthogonalizing every matrix once."""
+        return sum(matrix.cost for matrix in self.matrices)
+
+    @property
+    def bound(self) -> float:
+        """FLOPs below which no plan can bring the busiest rank: an even share, or the largest matrix."""
+        return max(self.flops / self.grid.ranks, *(float(matrix.cost) for matrix in self.matrices))
+
+    @property
+    def busiest(self) -> int:
+        """FLOPs of the busiest rank."""
+        return max(rank.flops for rank in self.ranks)
+
+    @property
+    def formula(self) -> float:
+        """Bytes ``2 (R-1)/R * elements/R * itemsize`` that a rank sends on average where there are no replicas."""
+        ranks = self.grid.ranks
+        return 2 * (ranks - 1) / ranks * sum(_bytes(matrix) for matrix in self.matrices) / ranks
+
+    @property
+    def overhead(self) -> float | None:
+        """The overlapped step as a share of forward and backward passes and the step together."""
+        if self.training_seconds is None:
+            return None
+        return self.overlapped_seconds / (self.training_seconds + self.overlapped_seconds)
+
+    def as_dict(self, owners: bool = False) -> dict[str, Any]:
+        """Plain numbers for JSON: all but the plan, of which the owners if asked for."""
+        words = ("reduced", "all_to_alls", "all_reduces", "elements", "flops", "bound", "busiest", "formula")
+        times = ("compute_seconds", "communication_seconds", "overlapped_seconds", "training_seconds", "overhead")
+        named = {matrix.name: owner for matrix, owner in zip(self.matrices, self.plan.owners, strict=True)}
+        return {
+            "grid": asdict(self.grid),
+            **{word: getattr(self, word) for word in (*words, *times)},
+            "matrices": len(self.matrices),
+            "ranks": [asdict(rank) for rank in self.ranks],
+            **({"owners": named} if owners else {}),
+        }
+
+
+def estimate(
+    optimizer: OrthogonalizedOptimizer,
+    grid: Grid,
+    rates: Rates = Rates(),
+    tokens_per_step: int | None = None,
+    divided: Mapping[str, int] = DIVIDED,
+) -> Estimate:
+    """Plan the exchange of an optimizer whose parameters lie whole on this process, as if they were on a grid.
+
+    Args:
+        optimizer: Over a whole module, on the meta device if it is large; `bucket_bytes` is respected.
+        grid: The ranks.
+        rates: For the times.
+        tokens_per_step: Of all ranks, for the time of forward and backward passes.
+        divided: From globs over names of parameters to the dimension that tensor parallelism divides.
+
+    Raises:
+        ValueError: If the grid has tensor-parallel ranks and nothing to divide is found.
+    """
+    entries, _, exchange = optimizer._plan()
+    whole, R = tuple(exchange.matrices), grid.ranks
+    dims = find_divided(optimizer, grid, divided)
+    plan = make_plan(publish(whole, entries, grid, dims), optimizer.bucket_bytes)
+    legs = [_Legs.of(plan, bucket, whole, R) for bucket in plan.buckets]
+    buffers = _peak_buffers(plan, entries, whole, legs, R)
+    memory = _memory(optimizer, grid, dims)
+    owned, flops = [0] * R, [0] * R
+    for owner, matrix in zip(plan.owners, whole, strict=True):
+        owned[owner] += 1
+        flops[owner] += matrix.cost
+    sent, received = ([sum(of_rank) for of_rank in zip(*lists, strict=True)] for lists in _by_bucket(legs))
+    ranks = tuple(map(Rank, owned, flops, sent, received, buffers, *memory))
+    all_reduces, reduced = _all_reduces(optimizer, entries, len(plan.buckets))
+    reducing = 2 * (R - 1) / R * reduced / rates.link_gbytes / 1e9
+    ways_in, ways_back = [leg.seconds_in(rates) for leg in legs], [leg.seconds_back(rates) for leg in legs]
+    working = [max(leg.flops) / rates.tflops / 1e12 for leg in legs]
+    elements = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    rate = rates.peak_tflops * 1e12 * rates.model_flops_utilization * R
+    return Estimate(
+        grid,
+        plan,
+        whole,
+        elements,
+        ranks,
+        reduced,
+        sum((max(leg.in_sent) > 0) + (max(leg.back_sent) > 0) for leg in legs),
+        all_reduces if R > 1 else 0,
+        sum(working),
+        sum(ways_in) + sum(ways_back) + reducing,
+        reducing + overlapped(ways_in, working, ways_back),
+        None if tokens_per_step is None else 6 * elements * tokens_per_step / rate,
+    )
+
+
+def publish(
+    whole: Sequence[Matrix], entries: Sequence[Entry], grid: Grid, divided: Mapping[Tensor, int | None]
+) -> list[list[Matrix]]:
+    """What every rank of a grid would publish of the matrices.
+
+    Args:
+        whole: The matrices, with any region.
+        entries: Their parameters.
+        grid: The ranks.
+        divided: The dimension of each parameter that tensor parallelism divides.
+    """
+
+    def of(shard: int, part: int) -> list[Matrix]:
+        known: dict[tuple[Any, ...], Block] = {}
+        rows = []
+        for matrix, entry in zip(whole, entries, strict=True):
+            key = entry.layout.shape, divided[entry.parameter]
+            if key not in known:
+                known[key] = grid.region(key[0], shard, part, key[1])
+            rows.append(Matrix(matrix.name, matrix.shape, matrix.dtype, matrix.cost, known[key]))
+        return rows
+
+    return grid.each(of)
+
+
+@dataclass(frozen=True)
+class _Legs:
+    """Bytes on the two ways of one bucket, and FLOPs in between, by rank."""
+
+    in_sent: list[int]
+    in_received: list[int]
+    back_sent: list[int]
+    back_received: list[int]
+    flops: list[int]
+
+    @classmethod
+    def of(cls, plan: Plan, bucket: Sequence[int], whole: Sequence[Matrix], ranks: int) -> _Legs:
+        legs = cls(*([0] * ranks for _ in range(5)))
+        for index in bucket:
+            owner, itemsize = plan.owners[index], _itemsize(whole[index])
+            legs.flops[owner] += whole[index].cost
+            for region, sender in plan.senders[index].items():
+                if sender != owner:
+                    size = region.numel * itemsize
+                    legs.in_sent[sender] += size
+                    legs.in_received[owner] += size
+            for rank, of_rank in enumerate(plan.regions):
+                if rank != owner:
+                    size = of_rank[index].numel * itemsize
+                    legs.back_sent[owner] += size
+                    legs.back_received[rank] += size
+        return legs
+
+    def seconds_in(self, rates: Rates) -> float:
+        return max(*self.in_sent, *self.in_received) / rates.link_gbytes / 1e9
+
+    def seconds_back(self, rates: Rates) -> float:
+        return max(*self.back_sent, *self.back_received) / rates.link_gbytes / 1e9
+
+
+def _by_bucket(legs: Sequence[_Legs]) -> tuple[list[list[int]], list[list[int]]]:
+    sent = [one for leg in legs for one in (leg.in_sent, leg.back_sent)]
+    return sent, [one for leg in legs for one in (leg.in_received, leg.back_received)]
+
+
+def overlapped(ways_in: Sequence[float], working: Sequence[float], ways_back: Sequence[float]) -> float:
+    """Seconds of the buckets' work and communication in the order of `Exchange.map`.
+
+    Communications run one after another, beside the work; each starts when the work issued before it is done.
+    """
+    clock, link = 0.0, ways_in[0]  # where the work is, when the link is free
+    arrived, returned = [link], []
+    for k, seconds in enumerate(working):
+        if k + 1 < len(ways_in):
+            link = max(link, clock) + ways_in[k + 1]
+            arrived.append(link)
+        clock = max(clock, arrived[k]) + seconds
+        link = max(link, clock) + ways_back[k]
+        returned.append(link)
+        if k:
+            clock = max(clock, returned[k - 1])
+    return max(clock, returned[-1])
+
+
+def _peak_buffers(
+    plan: Plan, entries: Sequence[Entry], whole: Sequence[Matrix], legs: Sequence[_Legs], ranks: int
+) -> list[int]:
+    """By rank: what lives at most in `Exchange.map` and the loop around it: at work on a bucket, or sending it back."""
+    empty = [[0] * ranks] * 2
+    owned, own, working = ([[0] * ranks for _ in range(len(legs) + 3)] for _ in range(3))  # 2 none, buckets, 1 none
+    for k, bucket in enumerate(plan.buckets, start=2):
+        stacks: dict[int, dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
+        for index in bucket:
+            owner, itemsize = plan.owners[index], _itemsize(whole[index])
+            owned[k][owner] += _bytes(whole[index])
+            own[k][owner] += plan.regions[owner][index].numel * itemsize
+            for shape in entries[index].layout.matrix_shapes:
+                stacks[owner][shape] += math.prod(shape) * itemsize
+        factor = WORKSPACE[entries[bucket[0]].group["orthogonalizer"]]
+        for owner, sizes in stacks.items():
+            before = itertools.accumulate(sizes.values(), initial=0)  # results of the shapes already done
+            working[k][owner] = max(
+                int(done + factor * size) for done, size in zip(before, sizes.values(), strict=False)
+            )
+    there = [*empty, *([s + r for s, r in zip(leg.in_sent, leg.in_received, strict=True)] for leg in legs), empty[0]]
+    sent = [*empty, *(leg.back_sent for leg in legs)]
+    back = [*empty, *(leg.back_received for leg in legs)]
+    peaks = [0] * ranks
+    for k, rank in itertools.product(range(2, len(legs) + 2), range(ranks)):
+        whole_own = own[k][rank] == owned[k][rank]  # matrices that nobody sends a part of are worked on as they lie
+        at_work = there[k][rank] + (0 if whole_own else own[k][rank]) + working[k][rank]
+        sent_back = sent[k][rank] + back[k][rank]
+        arriving = there[k + 1][rank] + own[k + 1][rank]
+        leaving = sent[k - 1][rank] + back[k - 1][rank] + owned[k - 1][rank]
+        applied = back[k - 2][rank] + owned[k - 2][rank]  # the loop's variable keeps it
+        peaks[rank] = max(peaks[rank], owned[k][rank] + max(at_work, sent_back) + arriving + leaving + applied)
+    return peaks
+
+
+def _memory(
+    optimizer: OrthogonalizedOptimizer, grid: Grid, divided: Mapping[Tensor, int | None]
+) -> tuple[list[int], ...]:
+    """By rank: bytes of parameters, gradients, state, and AdamW's state; what is no shard lies on every rank."""
+    kinds: dict[tuple[Any, ...], tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
+    fixed = 0
+    for parameter, dim in divided.items():
+        state = optimizer.state[parameter].values()
+        like = sum(value.itemsize for value in state if value.shape == parameter.shape)
+        fixed += sum(value.nbytes for value in state if value.shape != parameter.shape)
+        key, itemsize = (tuple(parameter.shape), dim), parameter.itemsize
+        sums = kinds[key]
+        kinds[key] = sums[0] + itemsize, sums[1] + like, sums[2] + 2 * itemsize
+
+    def of(shard: int, part: int) -> tuple[int, int, int]:
+        numels = [grid.region(shape, shard, part, dim).numel for shape, dim in kinds]
+        weights, like, adamw = (
+            sum(numel * kind[i] for numel, kind in zip(numels, kinds.values(), strict=True)) for i in range(3)
+        )
+        return weights, like + fixed, adamw
+
+    weights, state, adamw = (list(column) for column in zip(*grid.each(of), strict=True))
+    return weights, weights, state, adamw
+
+
+def _all_reduces(optimizer: OrthogonalizedOptimizer, entries: Sequence[Entry], buckets: int) -> tuple[int, int]:
+    """Number of all-reduces of a step, and their bytes: ``||G||^2`` and ``||N||^2`` and a flag for each parameter."""
+    numbers = sum(2 * math.prod(entry.layout.statistic_shape(optimizer.per_column)) + 1 for entry in entries)
+    numbers += sum(1 for group in optimizer.param_groups if not group["orthogonalize"] and group["params"])
+    itemsize = 8 if any(entry.parameter.dtype == torch.float64 for entry in entries) else 4
+    if not isinstance(optimizer, AdaMuon):
+        return 1, numbers * itemsize
+    numbers += sum(math.prod(entry.layout.statistic_shape(False)) for entry in entries)
+    return 1 + buckets, numbers * itemsize
+
+
+def _itemsize(matrix: Matrix) -> int:
+    return cast(torch.dtype, getattr(torch, matrix.dtype.removeprefix("torch."))).itemsize
+
+
+def _bytes(matrix: Matrix) -> int:
+    return math.prod(matrix.shape) * _itemsize(matrix)

@@ -1,0 +1,41 @@
+"""What the tests of whole jobs share: the token files, and a run that nothing interrupts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lightning_namo.gpt2.prepare import prepare_speeches
+from tests.distributed.job import STEPS, losses, run_ranks, succeed
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    data = tmp_path_factory.mktemp("tokens")
+    prepare_speeches(data / "sotu")
+    return data
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokens: Path) -> Path:
+    """A working directory with the token files in data/sotu."""
+    (tmp_path / "data").symlink_to(tokens)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+    """The folder of a run on one node with two processes under DDP."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    (folder / "data").symlink_to(tokens)
+    succeed(run_ranks(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(whole_run: Path) -> dict[int, float]:
+    """Its losses by step."""
+    curve = losses(whole_run)
+    assert len(curve) == STEPS
+    return curve

@@ -1,0 +1,219 @@
+"""A training job as users start it, the command line on several processes, with faults to order."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from tests.distributed.launch import free_port
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
+STEPS, EVERY = 8, 2  # a checkpoint every two steps
+SMALL: dict[str, Any] = {
+    "model": {"init_args": {"n_layer": 2, "n_head": 4, "n_embd": 32}},
+    "data": {"init_args": {"batch_size": 4, "block_size": 32}},
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": STEPS,
+        "limit_val_batches": 0,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}},
+    },
+}
+SAVING = {  # what the README recommends
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {
+        "dirpath": "saved",
+        "filename": "{step}",
+        "every_n_train_steps": EVERY,
+        "save_top_k": -1,
+        "save_last": "link",
+    },
+}
+LAST = ("--ckpt_path", "last")
+
+
+@dataclasses.dataclass
+class Ended:
+    """A process that ended: its exit code, negative for a signal, and what it printed."""
+
+    code: int
+    output: str
+
+
+def command(strategy: str, nodes: int, devices: int, fault: str | None, options: Sequence[str]) -> list[str]:
+    """The command line of a small GPT-2, with a fault of this module among its callbacks."""
+    callbacks: list[Any] = [SAVING]
+    if fault is not None:
+        callbacks.append({"class_path": f"{__name__}.{fault}"})
+    trainer = {"callbacks": callbacks, "num_nodes": nodes, "devices": devices}
+    layers = [CONFIGS / "quickstart.yaml", CONFIGS / "strategy" / f"{strategy}.yaml"]
+    layers += [json.dumps(SMALL), json.dumps({"trainer": trainer})]
+    configs = [f"--config={layer}" for layer in layers]
+    return ["-m", "lightning_namo", "fit", *configs, *options]
+
+
+def run_ranks(
+    folder: Path, *options: str, strategy: str = "ddp", devices: int = 2, fault: str | None = None
+) -> list[Ended]:
+    """A process for each rank, as a scheduler starts them; the ranks in order."""
+    ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
+    job = [sys.executable, *command(strategy, 1, devices, fault, options)]
+    return _finish([(job, ranks | {"LOCAL_RANK": str(rank)}) for rank in range(devices)], folder)
+
+
+def run_agents(
+    folder: Path,
+    *options: str,
+    strategy: str = "ddp",
+    nodes: int = 1,
+    devices: int = 2,
+    fault: str | None = None,
+    restarts: int = 0,
+) -> list[Ended]:
+    """A torchrun for each node; the agents in order."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={devices}"]
+    torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    torchrun += [f"--max_restarts={restarts}"]
+    # Else torchrun gives restarted ranks the store of the dead ones, whose addresses they may take (pytorch #135712).
+    own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return _finish([([*torchrun, *command(strategy, nodes, devices, fault, options)], own)] * nodes, folder)
+
+
+def _finish(commands: list[tuple[list[str], dict[str, str]]], folder: Path, timeout: float = 120) -> list[Ended]:
+    """Run commands side by side in a folder; an AssertionError if one hangs."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
+    outputs = [(folder / f"output-{number}.txt").open("w+") for number in range(len(commands))]
+    processes = [
+        subprocess.Popen(job, cwd=folder, env=environment | own, stdout=out, stderr=subprocess.STDOUT)
+        for (job, own), out in zip(commands, outputs, strict=True)
+    ]
+    deadline = time.monotonic() + timeout
+    hanging = False
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            hanging = True
+    for process in processes:
+        process.terminate()  # an agent ends its ranks, which are in sessions of their own
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
+    texts = []
+    for out in outputs:
+        out.seek(0)
+        texts.append(out.read())
+        out.close()
+    assert not hanging, "\n".join(texts)
+    return [Ended(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+
+
+def succeed(ended: list[Ended]) -> None:
+    for process in ended:
+        assert process.code == 0, process.output
+
+
+def losses(folder: Path, start: int = 0) -> dict[int, float]:
+    """The training loss by step as the last start of the job logged it, which must begin with the step ``start``."""
+    last = max(folder.glob("logs/lightning_logs/version_*"), key=lambda path: int(path.name.split("_")[1]))
+    with (last / "metrics.csv").open() as file:
+        curve = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file)}
+    assert min(curve) == start
+    return curve
+
+
+# ---------------------------------------------------------------------- faults, at step AT, after the second checkpoint
+
+AT = 2 * EVERY
+VICTIM = 1
+
+
+class Fault(pl.Callback):
+    """Strikes one rank mid-step: after its backward pass, before the optimizer's exchange."""
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == AT and trainer.global_rank == VICTIM:
+            self.strike(pl_module)
+
+    def strike(self, module: pl.LightningModule) -> None:
+        raise NotImplementedError
+
+
+class Killed(Fault):
+    def strike(self, module: pl.LightningModule) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledOnce(Fault):
+    """The first time, as a file says; not after the restart."""
+
+    def strike(self, module: pl.LightningModule) -> None:
+        try:
+            Path("killed").touch(exist_ok=False)
+        except FileExistsError:
+            return
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Preempted(Fault):
+    """SIGTERM to all ranks, each of which is somewhere else in the step."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> None:
+        if trainer.global_step == AT and trainer.global_rank != VICTIM:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def strike(self, module: pl.LightningModule) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class NotANumber(pl.Callback):
+    """One rank's activations, and so its loss and gradients, are NaN in one step; at the end every rank's weights."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> None:
+        if trainer.global_step == AT and trainer.global_rank == VICTIM:
+            block = pl_module.model.transformer["h"][0]
+            self.hook = block.register_forward_hook(lambda module, inputs, output: output * torch.nan)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == AT and trainer.global_rank == VICTIM:
+            self.hook.remove()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        replica = {"weights": pl_module.state_dict(), "optimizer": trainer.optimizers[0].state_dict()["state"]}
+        torch.save(replica, f"rank-{trainer.global_rank}.pt")
+
+
+class AnotherModel(pl.Callback):
+    """One rank's network has one block more."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.global_rank == VICTIM:
+            pl_module.config = dataclasses.replace(pl_module.config, n_layer=pl_module.config.n_layer + 1)
+
+
+class FullDisk(pl.Callback):
+    """From the second checkpoint on no file may grow beyond 64 kB: write fails with EFBIG as it would with ENOSPC."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> None:
+        if trainer.global_step == AT:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, resource.RLIM_INFINITY))
