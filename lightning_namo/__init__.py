@@ -1,6 +1,6 @@
 """NAMO and NAMO-D for PyTorch Lightning and Fabric (arXiv 2602.17080)."""
 
-from lightning_namo.callbacks import OptimizerCallback
+from lightning_namo.callbacks import OptimizerCallback, SaveOnSigterm
 from lightning_namo.clipping import ClipsGradients, GradientClipping, clip_gradients, gradient_norm
 from lightning_namo.factory import build_optimizer, optimize_with
 from lightning_namo.optimizers import NAMO, NAMOD, AdaMuon, Muon
@@ -17,6 +17,7 @@ __all__ = [
     "GradientClipping",
     "Muon",
     "OptimizerCallback",
+    "SaveOnSigterm",
     "WarmupStableDecay",
     "build_optimizer",
     "clip_gradients",

@@ -19,7 +19,7 @@ from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
 from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
 from lightning_namo.plan import Matrix
-from lightning_namo.regions import Layout, local_gradient, local_tensor
+from lightning_namo.regions import Layout, local_gradient, local_tensor, sum_of_squares
 
 
 @dataclass(eq=False)
@@ -219,7 +219,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             layout, dtype = entry.layout, statistics_dtype(entry.parameter)
             zeros = torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=exchange.device)
             counts = grad is not None and exchange.contributes(i)
-            present.append(one if grad is not None and layout.region.numel else torch.zeros_like(one))
+            if grad is None or not layout.region.numel:
+                present.append(torch.zeros_like(one))
+            else:  # a replica's gradient enters no sum, but its own momentum
+                present.append(one if counts else one * sum_of_squares(grad, dtype).isfinite())
             grad_sq.append(
                 layout.sums_of_squares(grad, self.per_column, dtype) if counts and grad is not None else zeros
             )

@@ -83,7 +83,7 @@ def plan(
     seed_everything: Any = None,
     ckpt_path: Any = None,
     weights_only: Any = None,
-) -> dict[str, Any] | None:
+) -> dict[str, Any] | str:
     """Say what a step would cost on many ranks: owners, FLOPs, bytes, memory and time, computed and not measured.
 
     Takes the configs of `fit` in layers. The model is built without memory; no process is started.
@@ -111,7 +111,7 @@ def plan(
         weights_only: Not used; recipes have it.
 
     Returns:
-        The estimate with `json`, else None: tables are printed.
+        The tables, or with `json` plain numbers.
 
     Raises:
         ValueError: An unknown model or layout, sizes that do not divide the ranks, a model or an optimizer without
@@ -130,13 +130,11 @@ def plan(
     result = estimate(optimizer, grid, rates, tokens)
     if json:
         return result.as_dict(owners)
-    print(report(result, f"{type(optimizer).__name__} for {title} on {ranks} ranks, {layout}", rates, tokens))
+    lines = [report(result, f"{type(optimizer).__name__} for {title} on {ranks} ranks, {layout}", rates, tokens)]
     if owners:
         named = zip(result.plan.owners, result.matrices, strict=True)
-        print(
-            "\n".join(["", *table([("owner", "matrix", "shape"), *((str(o), m.name, str(m.shape)) for o, m in named)])])
-        )
-    return None
+        lines += ["", *table([("owner", "matrix", "shape"), *((f"{o}", m.name, f"{m.shape}") for o, m in named)])]
+    return "\n".join(lines)
 
 
 class Built(NamedTuple):

