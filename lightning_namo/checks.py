@@ -28,6 +28,7 @@ from lightning_namo.schedules import WarmupStableDecay
 
 _REFUSALS = (ArithmeticError, RuntimeError, TypeError, ValueError)  # what constructors raise for their arguments
 _KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in place of the path of a checkpoint
+_MOST_VALUES = 100_000  # of a config; the parser copies them many times
 _SHARDED = ("meta.pt", ".metadata", "checkpoint")  # in the folder of a checkpoint of FSDP, FSDP2 or DeepSpeed
 
 
@@ -58,18 +59,19 @@ def check_config(config: str) -> None:
     if is_file and not isinstance(root, yaml.MappingNode):
         got = "an empty file" if root is None else f"{root.value!r:.60}"
         raise ValueError(f"Expected {name} to be a mapping of sections (model:, data:, optim:, trainer:). Got {got}.")
-    _check_node(name, root, (), set())
+    if (size := _check_node(name, root, (), {})) > _MOST_VALUES:
+        raise ValueError(f"Expected {name} to have at most {_MOST_VALUES} values. Its aliases make {size} of them.")
 
 
-def _check_node(name: str, node: Any, above: tuple[Any, ...], checked: set[Any]) -> None:
+def _check_node(name: str, node: Any, above: tuple[Any, ...], sizes: dict[Any, int]) -> int:
+    """How many values a node has, aliases written out."""
     if not isinstance(node, yaml.CollectionNode):
-        return
+        return 1
     line = node.start_mark.line + 1
     if node in above:
         raise ValueError(f"Expected no anchor in {name} to contain itself. Got one in line {line}.")
-    if node in checked:
-        return
-    checked.add(node)
+    if node in sizes:
+        return sizes[node]
     children = node.value
     if isinstance(node, yaml.MappingNode):
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -80,8 +82,8 @@ def _check_node(name: str, node: Any, above: tuple[Any, ...], checked: set[Any])
                     f"{line}."
                 )
         children = [child for pair in node.value for child in pair]
-    for child in children:
-        _check_node(name, child, (*above, node), checked)
+    sizes[node] = 1 + sum(_check_node(name, child, (*above, node), sizes) for child in children)
+    return sizes[node]
 
 
 def check_sections(sections: Namespace) -> None:
