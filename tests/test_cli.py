@@ -150,6 +150,7 @@ RECIPES = {
     "adamuon": ("AdaMuon", {"lr": 0.001, "momentum": 0.95, "beta2": 0.95, "weight_decay": 0.1}),
     "namo": ("NAMO", {"lr": 0.012, "momentum": 0.95, "beta2": 0.99, "weight_decay": 0.1, "decay": "adaptive"}),
     "namo_d": ("NAMOD", {"lr": 0.009, "clamp": 0.1, "momentum": 0.95, "beta2": 0.99, "weight_decay": 0.1}),
+    "separate_adamw_lr": ("NAMOD", {"lr": 0.009, "clamp": 0.1}),  # the quickstart's; test_configs.py has the rest
 }
 
 

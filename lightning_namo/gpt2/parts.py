@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -133,7 +134,10 @@ def is_folder_of(folder: Path, manifest: dict[str, Any]) -> bool:
 
 def clear(folder: Path) -> None:
     """Remove a folder of parts; what else somebody put there stays."""
-    _remove(folder, ("manifest.json", "tokenizer.json", "[0-9]*.train", "[0-9]*.val", "[0-9]*.json", TEMPORARY))
+    _remove(
+        folder,
+        ("manifest.json", "tokenizer.json", "job.pickle", "[0-9]*.train", "[0-9]*.val", "[0-9]*.json", TEMPORARY),
+    )
     with contextlib.suppress(OSError):  # not there, or not empty
         folder.rmdir()
 
@@ -169,9 +173,12 @@ def encode_parts(job: Job, parts: Iterable[Part], num_proc: int) -> dict[str, in
 
 
 def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[int]:
-    # Spawned, not forked: tokenizers and pyarrow have threads, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_proc, context, _start, (job,))
+    # Spawned, not forked: tokenizers and pyarrow have threads, which do not survive a fork. The job goes by a file, as
+    # what does not fit into a pipe keeps each process from being started until the one before has imported torch.
+    file = job.folder / "job.pickle"
+    with atomic(file) as stream:
+        pickle.dump(job, stream)
+    pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start, (file,))
     try:
         for future in as_completed([pool.submit(_encode, part) for part in parts]):
             yield future.result()
@@ -187,10 +194,10 @@ def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[int]:
 _job: Job
 
 
-def _start(job: Job) -> None:
+def _start(file: Path) -> None:
     """Take a job in a new process, which ends when its parent does, however that ends."""
     global _job
-    _job = job
+    _job = pickle.loads(file.read_bytes())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent lets it finish its part
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
