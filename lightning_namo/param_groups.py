@@ -357,11 +357,9 @@ def _set_blocks(entries: list[_Entry], blocks: Mapping[str, int | Sequence[int]]
                 f"({entry.adamw}). Narrow the glob, or name the parameter in orthogonalize."
             )
         asked, rows = blocks[globs[0]], entry.rows
-        if isinstance(asked, int):
-            sizes = [rows // asked] * asked if 1 <= asked <= rows else []
-        else:
-            sizes = list(asked)
-        if not sizes or sum(sizes) != rows or min(sizes) < 1:
+        equal = [rows // asked] * asked if isinstance(asked, int) and 1 <= asked <= rows else []
+        sizes = equal if isinstance(asked, int) else list(asked)
+        if sum(sizes) != rows or min(sizes, default=0) < 1:
             raise ValueError(
                 f"Expected blocks of {entry.name} to divide its {rows} rows (output features), or to be row "
                 f"counts that add up to them. Got {asked}."
