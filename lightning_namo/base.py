@@ -96,7 +96,6 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             indices, lambda i: self._direction(entries[i], grads[i], updates[i].ok), self._work(entries)
         ):
             self._finish(entries, exchange, bucket, updates)
-            del bucket  # not to be held while the next one is worked on
         adamw.run(not_finite)
         self._count_adamw(not_finite)
         self._warn_of_strays()

@@ -127,7 +127,9 @@ def check_optimizer(optim: OptimizerCallback) -> None:
         ValueError: For what their constructors refuse, and for hyper-parameters that are not finite.
     """
     try:
-        optimizer = make_optimizer(split_parameters(nn.Linear(2, 2)), optim.optimizer, optim.adopt_state)
+        with torch.random.fork_rng(devices=[]):  # else the network would start from other numbers than under DDP
+            layer = nn.Linear(2, 2)
+        optimizer = make_optimizer(split_parameters(layer), optim.optimizer, optim.adopt_state)
     except _REFUSALS as error:
         raise ValueError(f"Expected --optim.optimizer to make an optimizer. Got: {error}") from error
     for group in optimizer.param_groups:

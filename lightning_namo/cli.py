@@ -45,7 +45,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 """Commands beside Lightning's. Their parameters are options; what they return is printed."""
 
-LEADING = {"export": "ckpt_path", "consolidate": "ckpt_path", "generate": "ckpt_path", "sweep": "config"}
+LEADING = {"export": "ckpt_path", "consolidate": "ckpt_path", "generate": "ckpt_path", "sweep": "file"}
 """The option that a value without a name, right after the command, belongs to."""
 
 SECTIONS = ("model", "data", "optim", "optim.optimizer")

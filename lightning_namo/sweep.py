@@ -42,7 +42,7 @@ class Run:
 
 
 def sweep(
-    config: str, print_jobs: bool = False, job: NonNegativeInt | None = None, only_table: bool = False
+    file: str, print_jobs: bool = False, job: NonNegativeInt | None = None, only_table: bool = False
 ) -> dict[str, Any] | str:
     """Run a grid, one run after the other; what is done is skipped, what was interrupted goes on.
 
@@ -51,7 +51,7 @@ def sweep(
     the last and the lowest value go into ``out_dir/results.csv``.
 
     Args:
-        config: The file, such as configs/sweeps/small.yaml.
+        file: What to run, such as configs/sweeps/small.yaml.
         print_jobs: Print the command of each run instead, a line each, for a scheduler's job array.
         job: Do this run only, counted from 0: the index of the job array.
         only_table: Run nothing; write the table of the runs that are done.
@@ -62,10 +62,10 @@ def sweep(
     Raises:
         ValueError: A file that is missing or says something else, or a job that is not in it.
     """
-    plan = _read(Path(config))
+    plan = _read(Path(file))
     runs, out_dir = list(_runs(plan)), Path(plan["out_dir"])
     if job is not None and job >= len(runs):
-        raise ValueError(f"Expected a job from 0 to {len(runs) - 1}. Got {job}: {config} has {len(runs)} runs.")
+        raise ValueError(f"Expected a job from 0 to {len(runs) - 1}. Got {job}: {file} has {len(runs)} runs.")
     if print_jobs:
         return "\n".join(shlex.join(["lightning-namo", *run.command(str(out_dir))]) for run in runs)
     for number, run in enumerate(runs):
