@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_namo.checkpoint import Held, State, check_names, local_part, plain_form, saved_names, some
 from lightning_namo.param_groups import clean_name
+from lightning_namo.rules import bias_correction
 
 
 def adopted(
@@ -91,5 +92,5 @@ def _momentum(saved: State, group: Mapping[str, Any], held: Held) -> Tensor | No
         return None
     local: Tensor = local_part(momentum, held).to(held.parameter)
     decay = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
-    step = float(saved.get("step", 0.0))
-    return local / (1 - decay**step) if step > 0 else local
+    step = torch.as_tensor(saved.get("step", 0.0), dtype=torch.float64)
+    return local / bias_correction(decay, step).to(local) if step > 0 else local

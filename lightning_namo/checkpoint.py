@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from lightning_namo.param_groups import clean_name
-from lightning_namo.regions import Block, Layout, Region, local_tensor, stored_shape
+from lightning_namo.regions import Block, Layout, Region, Span, local_tensor, stored_shape
 
 STATISTICS = ("step", "skipped", "v")  # kept in float32 at least, whatever the parameter's dtype
 STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None}  # keys, and what absence means
@@ -271,12 +271,13 @@ def _collected(second: Tensor, held: Held) -> Tensor:
 
 
 def _uncut(v: Tensor, own: Tensor, region: Region) -> Tensor:
-    """Put a cut of v back to where FSDP1 cut it out of the flattened v."""
-    whole, start = torch.zeros_like(own).view(-1), getattr(region, "start", 0)
-    if v.dim() == 1 and start + v.numel() <= whole.numel():
-        whole[start : start + v.numel()] = v
-        return whole.view(own.shape)
-    return v  # for `check_states` to refuse
+    """Put a cut of v back to where FSDP1 cut it out of the flattened v; a v of another size is left for the check."""
+    start, stop = (region.start, region.stop) if isinstance(region, Span) else (0, own.numel())
+    if v.dim() != 1 or v.numel() != max(min(stop, own.numel()) - start, 0):
+        return v
+    whole = torch.zeros_like(own).view(-1)
+    whole[start : start + v.numel()] = v
+    return whole.view(own.shape)
 
 
 def fill_empty(states: Sequence[State], held: Sequence[Held]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import json
 import sys
 import traceback
@@ -27,7 +26,8 @@ from lightning_namo.forecast import plan
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.export import export
 from lightning_namo.gpt2.generate import generate
-from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.gpt2.model import GPT2Config
+from lightning_namo.gpt2.module import GPT2Module, follow_data
 from lightning_namo.gpt2.openwebtext import openwebtext
 from lightning_namo.gpt2.prepare import prepare
 from lightning_namo.sweep import sweep
@@ -53,9 +53,6 @@ SECTIONS = ("model", "data", "optim", "optim.optimizer")
 
 REFUSED = ("optimizer", "lr_scheduler")
 """LightningCLI's own sections, which build an optimizer before a strategy shards the module; it would train nothing."""
-
-VOCABULARY_MULTIPLE = 64
-"""A GPT-2's vocabulary is the data's, rounded up to a multiple of this, which matrix products are faster on."""
 
 
 class Layer(ActionConfigFile):
@@ -233,12 +230,10 @@ def _follow_data(model: Namespace, data: Namespace) -> None:
     """Set a GPT-2's vocabulary and block size, where they have their defaults, to what the data need."""
     if not (_names(model, GPT2Module) and _names(data, TextDataModule)):
         return
-    sizes, defaults = model.init_args, inspect.signature(GPT2Module).parameters
-    if sizes.block_size == defaults["block_size"].default:
-        sizes.block_size = data.init_args.block_size
-    if sizes.vocab_size == defaults["vocab_size"].default:
-        tokens = TextDataModule(**data.init_args.as_dict()).vocab_size
-        sizes.vocab_size = -(-tokens // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    sizes = model.init_args
+    config = GPT2Config(vocab_size=sizes.vocab_size, block_size=sizes.block_size)
+    config = follow_data(config, TextDataModule(**data.init_args.as_dict()))
+    sizes.vocab_size, sizes.block_size = config.vocab_size, config.block_size
 
 
 def _names(section: Namespace, cls: type) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +17,8 @@ from lightning_namo.estimate import LAYOUTS, Estimate, Grid, Rank, Rates, estima
 from lightning_namo.factory import build_optimizer
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.model import GPT2, GPT2Config
-from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.gpt2.module import GPT2Module, follow_data
 from lightning_namo.types import OpenUnitInterval, PositiveFloat, PositiveInt
-
-VOCABULARY_MULTIPLE = 64  # as the command line rounds up a GPT-2's
 
 
 class Llama(nn.Module):
@@ -171,7 +168,9 @@ def build_model(model: Callable[[], LightningModule] | str, data: LightningDataM
             return Built(make(), tokens)
         module, replicas = model(), 1
         if isinstance(module, GPT2Module):
-            module.config = _follow_data(module.config, data or TextDataModule())
+            text = data or TextDataModule()
+            if isinstance(text, TextDataModule):
+                module.config = follow_data(module.config, text)
             replicas, module.replicas = module.replicas, 1  # there is no mesh here to shard over
         module.configure_model()
     return Built(module, replicas=replicas)
@@ -195,18 +194,6 @@ def make_optimizer(module: nn.Module, callback: OptimizerCallback) -> Orthogonal
             f"Expected NAMO, NAMOD, Muon or AdaMuon, whose work is shared out. Got {type(optimizer).__name__}."
         )
     return optimizer
-
-
-def _follow_data(config: GPT2Config, data: LightningDataModule) -> GPT2Config:
-    """Set vocabulary and block size, where they have their defaults, to what the data need."""
-    default = GPT2Config()
-    if not isinstance(data, TextDataModule):
-        return config
-    if config.block_size == default.block_size:
-        config = replace(config, block_size=data.block_size)
-    if config.vocab_size == default.vocab_size:
-        config = replace(config, vocab_size=-(-data.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
-    return config
 
 
 def _sizes(

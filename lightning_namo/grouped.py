@@ -225,6 +225,7 @@ class GroupedOptimizer(Optimizer):
             ValueError: If it is of another algorithm, model or routing, or incomplete; nothing is loaded then.
         """
         held, module, groups = self._held(), self._module(), self.param_groups
+        self.has_adopted = False
         try:
             groups, states = self._read(state_dict, held)
         except ValueError as error:

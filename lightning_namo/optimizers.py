@@ -63,9 +63,14 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
         totals = exchange.sum(torch.cat([part.flatten().to(exchange.device, torch.float64) for part in parts]))
         split = torch.split(totals, [part.numel() for part in parts])
         for entry, state, total in zip(entries, states, split, strict=True):
-            state["momentum_buffer"] = state["momentum_buffer"] * (1 - entry.group["momentum"])
-            state["v"] = (1 - entry.group["beta2"]) * total.view(state["v"].shape).to(state["v"].dtype)
-            state["step"] = (total.sum() > 0).to(state["step"].dtype)
+            gradient, gradient_sq = state["momentum_buffer"], total.view(state["v"].shape).to(state["v"].dtype)
+            state["momentum_buffer"], _ = rules.nesterov_momentum(
+                gradient, torch.zeros_like(gradient), momentum=entry.group["momentum"], nesterov=False
+            )
+            first = torch.ones_like(state["step"])
+            _, v = self._step_size(entry.group, gradient_sq, gradient_sq, state["v"], first)
+            state["v"] = state["v"] if v is None else v
+            state["step"] = (total.sum() > 0).to(first.dtype)
 
 
 class NAMO(_AdaptiveScale):

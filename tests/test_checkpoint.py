@@ -213,6 +213,15 @@ def test_an_incomplete_state_is_refused(key):
         optimizer.load_state_dict({**saved, "state": {}})
 
 
+def test_a_v_of_another_length_is_refused_where_nothing_cut_it():
+    optimizer = build(Model(), NAMOD)
+    saved = through_a_file(optimizer.state_dict())
+    state, *_ = [state for state in saved["state"].values() if state.get("v", torch.zeros(())).shape == (4,)]
+    state["v"] = torch.ones(3)
+    with pytest.raises(ValueError, match=r"v \(4,\) but the checkpoint has .*v \(3,\)"):
+        optimizer.load_state_dict(saved)
+
+
 # --- going on from another optimizer's -------------------------------------------------------------
 
 

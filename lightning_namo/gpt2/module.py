@@ -1,5 +1,6 @@
 """GPT-2 as a LightningModule: loss, perplexity, FLOPs. The optimizer comes from a callback."""
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -9,11 +10,24 @@ from torch.nn import functional
 
 from lightning_namo.clipping import ClipsGradients
 from lightning_namo.exchange import mean_over_ranks
-from lightning_namo.gpt2.data import data_parallel
+from lightning_namo.gpt2.data import TextDataModule, data_parallel
 from lightning_namo.gpt2.loaders import IGNORED, Batch
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import shard
 from lightning_namo.types import HalfOpenUnit, PositiveInt
+
+VOCABULARY_MULTIPLE = 64
+"""A GPT-2's vocabulary is the data's, rounded up to a multiple of this, which matrix products are faster on."""
+
+
+def follow_data(config: GPT2Config, data: TextDataModule) -> GPT2Config:
+    """Set vocabulary and block size, where they have their defaults, to what the data need."""
+    default = GPT2Config()
+    if config.block_size == default.block_size:
+        config = replace(config, block_size=data.block_size)
+    if config.vocab_size == default.vocab_size:
+        config = replace(config, vocab_size=-(-data.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE)
+    return config
 
 
 class GPT2Module(ClipsGradients):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,15 +149,15 @@ AT = 2 * EVERY
 VICTIM = 1
 
 
-class Fault(pl.Callback):
+class Fault(pl.Callback, ABC):
     """Strikes one rank mid-step: after its backward pass, before the optimizer's exchange."""
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step == AT and trainer.global_rank == VICTIM:
             self.strike(pl_module)
 
-    def strike(self, module: pl.LightningModule) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def strike(self, module: pl.LightningModule) -> None: ...
 
 
 class Killed(Fault):
