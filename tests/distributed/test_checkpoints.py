@@ -113,12 +113,13 @@ def model_parallel(data: int, tensor: int, sharded: bool) -> Strategy:
     )
 
 
-# name -> processes, strategy that saves, what shards the module
+# name -> processes, strategy that saves, what shards the module. FSDP1 wraps every layer, so that it cuts every matrix,
+# and that of a single row between two columns.
 PLACES: dict[str, tuple[int, Callable[[], str | Strategy], Any]] = {
     "single": (1, lambda: "auto", None),
     "ddp 2": (2, lambda: "ddp", None),
-    "fsdp1 2": (2, lambda: FullFSDPStrategy(state_dict_type="full"), None),
-    "fsdp1 2 sharded": (2, lambda: CPUFSDPStrategy(state_dict_type="sharded"), None),
+    "fsdp1 2": (2, lambda: FullFSDPStrategy(auto_wrap_policy={nn.Linear}, state_dict_type="full"), None),
+    "fsdp1 2 sharded": (2, lambda: CPUFSDPStrategy(auto_wrap_policy={nn.Linear}, state_dict_type="sharded"), None),
     "fsdp2 2": (2, lambda: model_parallel(2, 1, False), _fsdp2),
     "fsdp2 2 sharded": (2, lambda: model_parallel(2, 1, True), _fsdp2),
     "fsdp2 1": (1, lambda: model_parallel(1, 1, False), _fsdp2),
@@ -128,8 +129,8 @@ PLACES: dict[str, tuple[int, Callable[[], str | Strategy], Any]] = {
     "tp 2": (2, lambda: model_parallel(1, 2, False), _tp),
     "tp 2 sharded": (2, lambda: model_parallel(1, 2, True), _tp),
     "single bf16": (1, lambda: "auto", None),
-    "fsdp1 2 bf16": (2, lambda: FullFSDPStrategy(state_dict_type="full"), None),
-    "fsdp1 2 bf16 sharded": (2, lambda: CPUFSDPStrategy(state_dict_type="sharded"), None),
+    "fsdp1 2 bf16": (2, lambda: FullFSDPStrategy(auto_wrap_policy={nn.Linear}, state_dict_type="full"), None),
+    "fsdp1 2 bf16 sharded": (2, lambda: CPUFSDPStrategy(auto_wrap_policy={nn.Linear}, state_dict_type="sharded"), None),
     "fsdp2 2 bf16": (2, lambda: model_parallel(2, 1, False), _fsdp2),
     "fsdp2 2 bf16 sharded": (2, lambda: model_parallel(2, 1, True), _fsdp2),
 }
