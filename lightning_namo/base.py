@@ -6,7 +6,7 @@ Nothing here asks which parallel strategy runs: a parameter's `Layout` says how 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from lightning_namo import rules
 from lightning_namo.adamw import AdamWStep
-from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange
+from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange, Stacks
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
-from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
+from lightning_namo.orthogonalize import Workspace, newton_schulz_flops, orthogonalize
 from lightning_namo.plan import Matrix
-from lightning_namo.regions import Layout, local_gradient, local_tensor, sum_of_squares
+from lightning_namo.regions import Layout, local_gradient, local_tensor, stack, sum_of_squares, unstack
 
 
 @dataclass(eq=False)
@@ -37,15 +37,23 @@ class _Family:
     """Parameters of one group whose statistics have one shape: their step sizes are computed together."""
 
     group: dict[str, Any]
-    indices: list[int]  # of entries
-    shape: tuple[int, ...]  # of one parameter's statistic
-    factors: Tensor  # shape factors, broadcasting against (len(indices), *shape)
-    holders: Tensor  # how many ranks hold a part of each, (len(indices),)
+    parcels: list[tuple[int, ...]]  # indices of entries that are stacked
+    dtype: torch.dtype  # of the statistics
+    factors: Tensor  # shape factors, broadcasting against (parameters, *statistic)
+    holders: Tensor  # how many ranks hold a part of each, (parameters,)
+
+    def only(self, chosen: Collection[int]) -> _Family:
+        """The family without the parameters that are not chosen."""
+        kept = [k for k, i in enumerate(i for parcel in self.parcels for i in parcel) if i in chosen]
+        if len(kept) == len(self.holders):
+            return self
+        parcels = [members for parcel in self.parcels if (members := tuple(i for i in parcel if i in chosen))]
+        return _Family(self.group, parcels, self.dtype, self.factors[kept], self.holders[kept])
 
 
 @dataclass(eq=False)
 class Update:
-    """What the weight of one parameter is multiplied by (factor), and its direction (size); ok: neither is idle."""
+    """What K weights are multiplied by (factor), and their directions (size); ok (K,): which are not left alone."""
 
     ok: Tensor
     size: Tensor
@@ -87,15 +95,16 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 loss = closure()
         entries, families, exchange = self._plan()
         grads = [local_gradient(entry.name, entry.parameter) for entry in entries]
-        present = [i for i, grad in enumerate(grads) if grad is not None]
-        indices = list(range(len(entries))) if exchange.shared else present
+        chosen = {i for i, grad in enumerate(grads) if grad is not None or exchange.shared}
         adamw = AdamWStep(self.param_groups, self.state)
 
-        updates, not_finite = self._updates(entries, families, exchange, grads, indices, adamw)
+        families = [family for family in (family.only(chosen) for family in families) if family.parcels]
+        updates, not_finite = self._updates(entries, families, exchange, grads, adamw)
         for bucket in exchange.map(
-            indices, lambda i: self._direction(entries[i], grads[i], updates[i].ok), self._work(entries)
+            chosen, lambda indices: self._directions(entries, grads, indices, updates[indices].ok), self._work(entries)
         ):
             self._finish(entries, exchange, bucket, updates)
+            del bucket
         adamw.run(not_finite)
         self._count_adamw(not_finite)
         self._warn_of_strays()
@@ -131,8 +140,17 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 for key, value in state.items():
                     state[key] = value.to(parameter.device)
             device = entries[0].parameter.device
+            numbers = {id(group): number for number, group in enumerate(self.param_groups)}
             matrices = [
-                Matrix(e.name, e.layout.stored, str(_wire_dtype(e)), _cost(e), e.layout.region) for e in entries
+                Matrix(
+                    e.name,
+                    e.layout.stored,
+                    str(_wire_dtype(e)),
+                    _cost(e),
+                    e.layout.region,
+                    (numbers[id(e.group)], str(e.parameter.dtype), *e.layout.shape),
+                )
+                for e in entries
             ]
             others = [
                 (name, self._regions[p][0] if p in self._regions else tuple(p.shape), str(p.dtype))
@@ -141,7 +159,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 for name, p in zip(parameter_names(group), group["params"], strict=True)
             ]
             exchange = Exchange(matrices, device, self.bucket_bytes, others, lambda: _checksums(entries))
-            self._planned = entries, self._families(entries, exchange.holder_counts), exchange
+            self._planned = entries, self._families(entries, exchange), exchange
             self._planned_for = planned_for
         return self._planned
 
@@ -158,41 +176,38 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                         "setup_optimizers."
                     )
 
-    def _families(self, entries: list[Entry], holder_counts: list[int]) -> list[_Family]:
-        members: dict[Any, list[int]] = defaultdict(list)
-        for index, entry in enumerate(entries):
+    def _families(self, entries: list[Entry], exchange: Exchange) -> list[_Family]:
+        members: dict[Any, list[tuple[int, ...]]] = defaultdict(list)
+        for parcel in (parcel.indices for bucket in exchange.buckets for parcel in bucket):
+            entry = entries[parcel[0]]
             shape = entry.layout.statistic_shape(self.per_column)
-            members[id(entry.group), shape, statistics_dtype(entry.parameter)].append(index)
+            members[id(entry.group), shape, statistics_dtype(entry.parameter)].append(parcel)
         families = []
-        for (_, shape, dtype), indices in members.items():
-            group = entries[indices[0]].group
+        for (_, _, dtype), parcels in members.items():
+            indices = [i for parcel in parcels for i in parcel]
+            first = entries[indices[0]]
             per_block = [
-                [self._shape_factor(matrix, group["shape_scale"]) for matrix in entries[i].layout.matrix_shapes]
+                [self._shape_factor(matrix, first.group["shape_scale"]) for matrix in entries[i].layout.matrix_shapes]
                 for i in indices
             ]
-            factors = torch.tensor(per_block, dtype=dtype, device=entries[indices[0]].parameter.device)
-            blocks = len(entries[indices[0]].layout.blocks)
-            leading = (blocks,) if blocks > 1 else ()
+            factors = torch.tensor(per_block, dtype=dtype, device=exchange.device)
+            leading = (len(first.layout.blocks),) if len(first.layout.blocks) > 1 else ()
             columns = (1,) if self.per_column else ()
-            holders = torch.tensor([holder_counts[i] for i in indices], dtype=dtype, device=factors.device)
-            factors = factors.view(len(indices), *leading, *columns)
-            families.append(_Family(group, indices, shape, factors, holders))
+            counts = [exchange.holder_counts[i] for i in indices]
+            holders = torch.tensor(counts, dtype=dtype, device=exchange.device)
+            families.append(_Family(first.group, parcels, dtype, factors.view(-1, *leading, *columns), holders))
         return families
 
     def _updates(
         self,
         entries: list[Entry],
-        families: list[_Family],
+        families: Sequence[_Family],
         exchange: Exchange,
         grads: Sequence[Tensor | None],
-        indices: list[int],
         adamw: AdamWStep,
-    ) -> tuple[dict[int, Update], list[Tensor]]:
+    ) -> tuple[dict[tuple[int, ...], Update], list[Tensor]]:
         """Sum the statistics over the ranks; from them decide which matrices move, and by how much."""
-        taking = set(indices)
-        chosen = [(family, [i for i in family.indices if i in taking]) for family in families]
-        chosen = [(family, members) for family, members in chosen if members]
-        partials = [self._partials(entries, exchange, grads, members) for _, members in chosen]
+        partials = [self._family_partials(entries, exchange, grads, family) for family in families]
         flat = [part for parts in partials for part in parts] + adamw.not_finite_flags()
         if not flat:
             return {}, []
@@ -202,61 +217,61 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         totals = [
             total.view_as(part).to(part.dtype) for total, part in zip(torch.split(summed, sizes), flat, strict=True)
         ]
-        updates: dict[int, Update] = {}
-        for (family, members), parts in zip(chosen, partials, strict=True):
+        updates: dict[tuple[int, ...], Update] = {}
+        for family, parts in zip(families, partials, strict=True):
             own, totals = totals[: len(parts)], totals[len(parts) :]
-            updates |= self._family_updates(entries, family, members, *own)
+            updates |= self._family_updates(entries, family, *own)
         return updates, totals
 
+    def _family_partials(
+        self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], family: _Family
+    ) -> list[Tensor]:
+        of_parcels = [self._partials(entries, exchange, grads, parcel) for parcel in family.parcels]
+        return [torch.cat(parts) for parts in zip(*of_parcels, strict=True)]
+
     def _partials(
-        self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], members: list[int]
+        self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], parcel: tuple[int, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """This rank's part of ``||G||^2`` and ``||N||^2`` (K, *statistic) and of the count of gradients (K,)."""
-        grad_sq, direction_sq, present = [], [], []
-        one = torch.ones((), dtype=statistics_dtype(entries[members[0]].parameter), device=exchange.device)
-        for i in members:
-            entry, grad = entries[i], grads[i]
-            layout, dtype = entry.layout, statistics_dtype(entry.parameter)
-            zeros = torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=exchange.device)
-            counts = grad is not None and exchange.contributes(i)
-            if grad is None or not layout.region.numel:
-                present.append(torch.zeros_like(one))
-            else:  # a replica's gradient enters no sum, but its own momentum
-                present.append(one if counts else one * sum_of_squares(grad, dtype).isfinite())
-            grad_sq.append(
-                layout.sums_of_squares(grad, self.per_column, dtype) if counts and grad is not None else zeros
-            )
-            if not (self.adaptive and counts and grad is not None):
-                direction_sq.append(zeros)
-                continue
-            momentum = local_tensor(self.state[entry.parameter]["momentum_buffer"])
-            _, direction = rules.nesterov_momentum(
-                grad.to(momentum.dtype),
-                momentum,
-                momentum=entry.group["momentum"],
-                nesterov=entry.group["nesterov"],
-            )
-            direction_sq.append(layout.sums_of_squares(direction, self.per_column, dtype))
-        return torch.stack(grad_sq), torch.stack(direction_sq), torch.stack(present)
+        entry, device = entries[parcel[0]], exchange.device
+        layout, dtype, counts = entry.layout, statistics_dtype(entry.parameter), exchange.contributes(parcel[0])
+        zeros = torch.zeros(len(parcel), *layout.statistic_shape(self.per_column), dtype=dtype, device=device)
+        found = [grads[i] is not None for i in parcel]
+        if not layout.region.numel or not any(found):
+            return zeros, zeros, torch.zeros(len(parcel), dtype=dtype, device=device)
+        _, buffer, grad = self._momenta(entries, grads, parcel)
+        present = torch.ones(len(parcel), dtype=dtype, device=device)
+        if not all(found):
+            present *= torch.tensor(found, device=device)
+        if not counts:  # a replica's gradient enters no sum, but its own momentum
+            return zeros, zeros, present * sum_of_squares(grad, dtype).isfinite()
+        grad_sq = layout.sums_of_squares(grad, self.per_column, dtype)
+        if not self.adaptive:
+            return grad_sq, zeros, present
+        direction = rules.direction(grad, buffer, momentum=entry.group["momentum"], nesterov=entry.group["nesterov"])
+        return grad_sq, layout.sums_of_squares(direction, self.per_column, dtype), present
+
+    def _momenta(
+        self, entries: list[Entry], grads: Sequence[Tensor | None], parcel: tuple[int, ...]
+    ) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The local momenta of a parcel; and stacked (K, ...), in one dtype, they and the gradients.
+
+        Where there is no gradient the momentum stands in for it: the average of M with M is M.
+        """
+        parameters = [entries[i].parameter for i in parcel]
+        momenta = [local_tensor(self.state[p]["momentum_buffer"]) for p in parameters]
+        dtype = torch.promote_types(parameters[0].dtype, momenta[0].dtype)
+        found = [m if (g := grads[i]) is None else g for i, m in zip(parcel, momenta, strict=True)]
+        return momenta, stack(momenta).to(dtype), stack([tensor.to(dtype) for tensor in found])
 
     def _family_updates(
-        self,
-        entries: list[Entry],
-        family: _Family,
-        members: list[int],
-        grad_sq: Tensor,
-        direction_sq: Tensor,
-        present: Tensor,
-    ) -> dict[int, Update]:
-        """Advance step, skipped and v where gradients are whole and finite; give each parameter its update."""
-        states = [self.state[entries[i].parameter] for i in members]
-        factors, holders = family.factors, family.holders
-        if members != family.indices:  # one process, and some parameters had no gradient
-            chosen = [family.indices.index(i) for i in members]
-            factors, holders = (torch.stack([values[k] for k in chosen]) for values in (factors, holders))
-        finite = (grad_sq.isfinite() & direction_sq.isfinite()).reshape(len(members), -1).all(dim=1)
-        ok = (present == holders) & finite
-        per_member = (-1,) + (1,) * len(family.shape)
+        self, entries: list[Entry], family: _Family, grad_sq: Tensor, direction_sq: Tensor, present: Tensor
+    ) -> dict[tuple[int, ...], Update]:
+        """Advance step, skipped and v where gradients are whole and finite; give each parcel its update."""
+        states = [self.state[entries[i].parameter] for parcel in family.parcels for i in parcel]
+        finite = (grad_sq.isfinite() & direction_sq.isfinite()).view(len(states), -1).all(dim=1)
+        ok = (present == family.holders) & finite
+        per_member = (-1,) + (1,) * (grad_sq.dim() - 1)
 
         step = torch.stack([state["step"] for state in states])
         v = torch.stack([state["v"] for state in states]) if self.adaptive else None
@@ -270,7 +285,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         torch._foreach_add_([state["skipped"] for state in states], list(skipped.unbind()))
 
         group = family.group
-        size = rules.update_size(sizes, factors, max_step=group.get("max_step"))
+        size = rules.update_size(sizes, family.factors, max_step=group.get("max_step"))
         decay = rules.decay_factor(
             sizes,
             lr=group["lr"],
@@ -281,9 +296,9 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         )
         size = torch.where(ok.view(per_member), size, 0)
         decay = torch.where(ok.view(per_member), decay, 1)
-        return {
-            i: Update(*parts) for i, *parts in zip(members, ok.unbind(), size.unbind(), decay.unbind(), strict=True)
-        }
+        counts = [len(parcel) for parcel in family.parcels]
+        parts = zip(*(torch.split(whole, counts) for whole in (ok, size, decay)), strict=True)
+        return {parcel: Update(*part) for parcel, part in zip(family.parcels, parts, strict=True)}
 
     def _step_size(
         self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
@@ -295,42 +310,52 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         """What the step size of a matrix (m, n) is multiplied by, from its shape alone."""
         return rules.shape_factor(shape, shape_scale)
 
-    def _direction(self, entry: Entry, grad: Tensor | None, ok: Tensor) -> Tensor:
-        """Update the momentum where ok, and give the direction N to orthogonalize, in its wire dtype."""
-        momentum = local_tensor(self.state[entry.parameter]["momentum_buffer"])
-        # The average of M with M is M: where not ok nothing moves, and the direction stays finite.
-        grad = momentum if grad is None else torch.where(ok, grad.to(momentum.dtype), momentum)
-        _, direction = rules.nesterov_momentum(
-            grad, momentum, momentum=entry.group["momentum"], nesterov=entry.group["nesterov"], out=momentum
-        )
-        return self._input(direction).to(_wire_dtype(entry))
+    def _directions(
+        self, entries: list[Entry], grads: Sequence[Tensor | None], parcel: tuple[int, ...], ok: Tensor
+    ) -> Tensor:
+        """Update the momenta where ok, and give the directions N (K, ...) to orthogonalize, in their wire dtype."""
+        entry = entries[parcel[0]]
+        momenta, buffer, grad = self._momenta(entries, grads, parcel)
+        # Where not ok M stands in for G: nothing moves, and the direction stays finite.
+        grad = torch.where(ok.view(-1, *(1 for _ in momenta[0].shape)), grad, buffer)
+        direction = rules.direction(grad, buffer, momentum=entry.group["momentum"], nesterov=entry.group["nesterov"])
+        direction = self._input(direction).to(_wire_dtype(entry))
+        rules.update_momentum(grad, buffer, momentum=entry.group["momentum"])
+        unstack(buffer, momenta)
+        return direction
 
     def _input(self, direction: Tensor) -> Tensor:
         """What is orthogonalized, from N."""
         return direction
 
-    def _work(self, entries: list[Entry]) -> Callable[[list[int], list[Tensor]], list[Tensor]]:
+    def _work(self, entries: list[Entry]) -> Callable[[Stacks], list[Tensor]]:
         """What the exchange does with whole stored matrices: the polar factors of the true ones, stored alike."""
+        workspace = Workspace()
 
-        def polar(indices: list[int], stored: list[Tensor]) -> list[Tensor]:
+        def polar(stacks: Stacks) -> list[Tensor]:
             results: dict[int, Tensor] = {}
             by_group: dict[int, list[int]] = defaultdict(list)
-            for position, index in enumerate(indices):
-                by_group[id(entries[index].group)].append(position)
+            for position, (indices, _) in enumerate(stacks):
+                by_group[id(entries[indices[0]].group)].append(position)
             for positions in by_group.values():
-                group = entries[indices[positions[0]]].group
-                layouts = [entries[indices[position]].layout for position in positions]
+                group = entries[stacks[positions[0]][0][0]].group
+                layouts = [entries[stacks[position][0][0]].layout for position in positions]
                 factors = iter(
                     orthogonalize(
-                        [m for p, layout in zip(positions, layouts, strict=True) for m in layout.matrices(stored[p])],
+                        [
+                            m
+                            for p, layout in zip(positions, layouts, strict=True)
+                            for m in layout.matrices(stacks[p][1])
+                        ],
                         method=group["orthogonalizer"],
                         ns_steps=group["ns_steps"],
                         ns_coefficients=group["ns_coefficients"],
+                        workspace=workspace,
                     )
                 )
                 for position, layout in zip(positions, layouts, strict=True):
                     results[position] = layout.store([next(factors) for _ in layout.blocks])
-            return [results[position] for position in range(len(indices))]
+            return [results[position] for position in range(len(stacks))]
 
         return polar
 
@@ -338,18 +363,21 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         self,
         entries: list[Entry],
         exchange: Exchange,
-        bucket: list[tuple[int, Tensor]],
-        updates: dict[int, Update],
+        bucket: Stacks,
+        updates: dict[tuple[int, ...], Update],
     ) -> None:
         """Apply a bucket's polar factors (flat local shards) to the weights."""
-        for i, ortho in bucket:
-            weight, layout, update = local_tensor(entries[i].parameter), entries[i].layout, updates[i]
+        for parcel, ortho in bucket:
+            layout, update = entries[parcel[0]].layout, updates[parcel]
+            weights = [local_tensor(entries[i].parameter) for i in parcel]
+            shape, weight = weights[0].shape, stack(weights)
             rules.apply_update(
                 weight,
                 ortho.view(weight.shape),
-                layout.spread(update.size, update.size.dim() > 0 and self.per_column, weight.shape),
-                layout.spread(update.factor, update.factor.dim() > 0 and self.per_column, weight.shape),
+                layout.spread(update.size, self.per_column, shape),
+                layout.spread(update.factor, self.per_column, shape),
             )
+            unstack(weight, weights)
 
 
 def _checksums(entries: list[Entry]) -> list[float]:

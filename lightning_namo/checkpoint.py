@@ -116,7 +116,7 @@ def flat_form(held: Held) -> State:
     second = torch.zeros_like(state["momentum_buffer"], dtype=dtype)
     if "v" in state:
         v = state["v"]
-        second += v if held.per_column is None else held.layout().spread(v, held.per_column, second.shape)
+        second += v if held.per_column is None else held.layout().spread(v[None], held.per_column, second.shape)[0]
     momentum = state["momentum_buffer"].to(dtype)
     return {"step": state["step"], "skipped": state["skipped"], "momentum_buffer": momentum, "exp_avg_sq": second}
 
@@ -266,8 +266,8 @@ def _collected(second: Tensor, held: Held) -> Tensor:
         return part
     if tuple(second.shape) == held.shape:
         rows, cols = stored_shape(held.shape)
-        return held.layout(Block(0, rows, 0, cols)).collect(second, held.per_column)
-    return held.layout().collect(second, held.per_column)
+        return held.layout(Block(0, rows, 0, cols)).collect(second[None], held.per_column)[0]
+    return held.layout().collect(second[None], held.per_column)[0]
 
 
 def _uncut(v: Tensor, own: Tensor, region: Region) -> Tensor:

@@ -190,7 +190,9 @@ def _sum_of_squares(grads: Sequence[Tensor], device: torch.device | None) -> Ten
         real = [torch.view_as_real(grad) if grad.is_complex() else grad for grad in alike]
         dtype = torch.promote_types(real[0].dtype, torch.float32)
         if alike[0].device.type == "cpu":
-            squares += [sum_of_squares(grad, dtype) for grad in real]
+            squares += [
+                sum_of_squares(grad[None] if grad.dim() else grad.view(1, 1), dtype).squeeze(0) for grad in real
+            ]
         else:  # accurate there, and of few kernels
             squares += [norm.square() for norm in torch._foreach_norm(real, 2, dtype=dtype)]
     squares = [square.to(device) for square in squares] or [torch.zeros((), dtype=torch.float32, device=device)]

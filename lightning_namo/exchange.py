@@ -6,9 +6,11 @@ one process everything is local and the same calls communicate nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -18,11 +20,21 @@ from lightning_namo.plan import Described, Matrix, check_agreement, check_replic
 from lightning_namo.regions import Region
 
 DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
+CACHED_ELEMENTS = 2**21  # bound on a stack on CPUs, where larger ones leave the cache between operations
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """Matrices that lie alike on every rank and have one owner: they travel and are worked on as one tensor."""
+
+    indices: tuple[int, ...]
+    owner: int
+    senders: dict[Region, int]
 
 
 @dataclass
 class _Leg:
-    """One all-to-all: what this rank sends and receives, each as (peer, matrix index, region), in order of peers."""
+    """One all-to-all: what this rank sends and receives, each as (peer, parcel's place, region), in order of peers."""
 
     sends: list[tuple[int, int, Region]]
     receives: list[tuple[int, int, Region]]
@@ -31,18 +43,12 @@ class _Leg:
 
 @dataclass
 class _InFlight:
-    leg: _Leg
     work: dist.Work | None
     received: Tensor
     sent: Tensor  # kept alive until the communication is over
 
-    def pieces(self) -> Iterator[tuple[int, Region, Tensor]]:
-        """Wait, then give (matrix index, region, flat tensor) of everything that arrived."""
-        if self.work is not None:
-            self.work.wait()
-        sizes = [region.numel for _, _, region in self.leg.receives]
-        for (_, index, region), piece in zip(self.leg.receives, torch.split(self.received, sizes), strict=True):
-            yield index, region, piece
+
+Stacks: TypeAlias = list[tuple[tuple[int, ...], Tensor]]  # indices of K matrices, and one tensor (K, ...) of them
 
 
 class Exchange:
@@ -83,8 +89,9 @@ class Exchange:
         if self.world_size > 1:
             check_replicas(published, [theirs for _, _, theirs in gathered])
         self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
-        self._ways_in = [self._way_in(bucket) for bucket in self.plan.buckets]
-        self._ways_back = [self._way_back(bucket) for bucket in self.plan.buckets]
+        self.buckets = [self._parcels(bucket) for bucket in self.plan.buckets]
+        self._ways_in = [self._way_in(bucket) for bucket in self.buckets]
+        self._ways_back = [self._way_back(bucket) for bucket in self.buckets]
 
     @property
     def shared(self) -> bool:
@@ -94,8 +101,12 @@ class Exchange:
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank sends in one `map` over all matrices."""
-        sends = (send for leg in self._ways_in + self._ways_back for send in leg.sends)
-        return sum(region.numel * _dtype(self.matrices[index]).itemsize for _, index, region in sends)
+        total = 0
+        for parcels, *legs in zip(self.buckets, self._ways_in, self._ways_back, strict=True):
+            for _, place, region in (send for leg in legs for send in leg.sends):
+                indices = parcels[place].indices
+                total += len(indices) * region.numel * _dtype(self.matrices[indices[0]]).itemsize
+        return total
 
     def contributes(self, index: int) -> bool:
         """Whether this rank's shard of a matrix counts in sums: replicas count once."""
@@ -109,125 +120,167 @@ class Exchange:
 
     def map(
         self,
-        indices: Sequence[int],
-        shard: Callable[[int], Tensor],
-        work: Callable[[list[int], list[Tensor]], list[Tensor]],
-    ) -> Iterator[list[tuple[int, Tensor]]]:
+        chosen: Collection[int],
+        shards: Callable[[tuple[int, ...]], Tensor],
+        work: Callable[[Stacks], list[Tensor]],
+    ) -> Iterator[Stacks]:
         """Apply work to whole matrices and give back this rank's shards of the results, bucket by bucket.
 
         The next bucket's communication runs while the caller and ``work`` compute on this one.
 
         Args:
-            indices: Matrices that take part: the same on all ranks.
-            shard: Gives this rank's shard of a matrix, in the matrix's dtype; called once for each, when it leaves.
-            work: From matrix indices and stored matrices (rows, columns) to results of the same shapes and dtypes.
+            chosen: Matrices that take part: the same on all ranks, and all of them if there are other ranks.
+            shards: Gives this rank's shards of some matrices as one tensor (K, ...), in their dtype; called once for
+                each matrix, when it leaves.
+            work: From stacks (K, rows, columns) of whole stored matrices to results of the same shapes and dtypes.
                 Its inputs may be the shards themselves: it must not modify them.
 
         Yields:
-            For each bucket the pairs of matrix index and flat local result, empty for an empty shard.
+            For each bucket stacks (K, elements) of the flat local results; elements are 0 for empty shards.
         """
-        chosen = set(indices)
-        buckets = [[i for i in bucket if i in chosen] for bucket in self.plan.buckets]
-        arriving = self._depart(0, buckets[0], shard) if buckets else None
-        returning: tuple[list[int], dict[int, Tensor], _InFlight] | None = None
-        for number, bucket in enumerate(buckets):
+        buckets = [self._chosen(parcels, chosen) for parcels in self.buckets]
+        arriving = self._depart(0, buckets[0], shards) if buckets else None
+        returning: tuple[list[Parcel], dict[int, Tensor], _Leg, _InFlight] | None = None
+        for number, parcels in enumerate(buckets):
             assert arriving is not None
             here = arriving
             if number + 1 < len(buckets):
-                arriving = self._depart(number + 1, buckets[number + 1], shard)
-            whole = self._assemble(bucket, *here)
-            owned = list(whole)
-            results = dict(zip(owned, work(owned, [whole[i] for i in owned]), strict=True))
-            del whole, here
-            back = self._send_back(number, bucket, results)
+                arriving = self._depart(number + 1, buckets[number + 1], shards)
+            whole = self._assemble(parcels, self._ways_in[number], *here)
+            stacks = [(parcels[place].indices, stack) for place, stack in whole.items()]
+            results = dict(zip(whole, work(stacks), strict=True))
+            del whole, stacks, here
+            back = self._send_back(number, parcels, results)
+            del results
             if returning is not None:
                 yield self._deliver(*returning)
             returning = back
         if returning is not None:
             yield self._deliver(*returning)
 
-    def _way_in(self, bucket: Sequence[int]) -> _Leg:
-        plan, sends, receives, needed = self.plan, [], [], False
+    def _parcels(self, bucket: Sequence[int]) -> list[Parcel]:
+        """Group a bucket's matrices that are of one kind and lie alike on every rank."""
+        alike: dict[Any, list[int]] = defaultdict(list)
+        limit = CACHED_ELEMENTS if self.device.type == "cpu" else math.inf
+        filled: dict[Any, int] = defaultdict(int)
         for index in bucket:
-            for region, sender in plan.senders[index].items():
-                owner = plan.owners[index]
-                if sender == owner:
+            matrix, plan = self.matrices[index], self.plan
+            by_rank = tuple(regions[index] for regions in plan.regions)
+            key = plan.owners[index], matrix.kind, matrix.shape, by_rank, tuple(plan.senders[index].items())
+            alike[key, filled[key] // limit].append(index)
+            filled[key] += math.prod(matrix.shape)
+        return [
+            Parcel(tuple(indices), self.plan.owners[indices[0]], self.plan.senders[indices[0]])
+            for indices in alike.values()
+        ]
+
+    def _chosen(self, parcels: list[Parcel], chosen: Collection[int]) -> list[Parcel]:
+        members = [tuple(i for i in parcel.indices if i in chosen) for parcel in parcels]
+        return [
+            Parcel(indices, parcel.owner, parcel.senders)
+            for parcel, indices in zip(parcels, members, strict=True)
+            if indices
+        ]
+
+    def _way_in(self, parcels: Sequence[Parcel]) -> _Leg:
+        sends, receives, needed = [], [], False
+        for place, parcel in enumerate(parcels):
+            for region, sender in parcel.senders.items():
+                if sender == parcel.owner:
                     continue
                 needed = True
                 if sender == self.rank:
-                    sends.append((owner, index, region))
-                if owner == self.rank:
-                    receives.append((sender, index, region))
+                    sends.append((parcel.owner, place, region))
+                if parcel.owner == self.rank:
+                    receives.append((sender, place, region))
         return _Leg(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
 
-    def _way_back(self, bucket: Sequence[int]) -> _Leg:
+    def _way_back(self, parcels: Sequence[Parcel]) -> _Leg:
         plan, sends, receives, needed = self.plan, [], [], False
-        for index in bucket:
-            owner = plan.owners[index]
+        for place, parcel in enumerate(parcels):
+            index, owner = parcel.indices[0], parcel.owner
             for rank in plan.holders(index):
                 if rank == owner:
                     continue
                 needed = True
                 if owner == self.rank:
-                    sends.append((rank, index, plan.regions[rank][index]))
+                    sends.append((rank, place, plan.regions[rank][index]))
                 if rank == self.rank:
-                    receives.append((owner, index, plan.regions[rank][index]))
+                    receives.append((owner, place, plan.regions[rank][index]))
         return _Leg(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
 
     def _depart(
-        self, number: int, bucket: list[int], shard: Callable[[int], Tensor]
+        self, number: int, parcels: list[Parcel], shards: Callable[[tuple[int, ...]], Tensor]
     ) -> tuple[dict[int, Tensor], _InFlight]:
-        shards = {index: shard(index).reshape(-1) for index in bucket}
+        stacks = [shards(parcel.indices).flatten(1) for parcel in parcels]
         leg = self._ways_in[number]
-        in_flight = self._start(leg, [shards[index] for _, index, _ in leg.sends if index in shards], bucket)
-        own = {index: shards[index] for index in bucket if self.plan.owners[index] == self.rank}
+        in_flight = self._start(leg, [stacks[place] for _, place, _ in leg.sends], parcels)
+        own = {place: stacks[place] for place, parcel in enumerate(parcels) if parcel.owner == self.rank}
         return own, in_flight
 
-    def _start(self, leg: _Leg, pieces: list[Tensor], bucket: list[int]) -> _InFlight:
-        dtype = _dtype(self.matrices[bucket[0]]) if bucket else torch.float32
+    def _start(self, leg: _Leg, pieces: list[Tensor], parcels: list[Parcel]) -> _InFlight:
+        dtype = _dtype(self.matrices[parcels[0].indices[0]]) if parcels else torch.float32
         if not leg.needed:
             nothing = torch.empty(0, dtype=dtype, device=self.device)
-            return _InFlight(leg, None, nothing, nothing)
-        sent = torch.cat(pieces) if pieces else torch.empty(0, dtype=dtype, device=self.device)
+            return _InFlight(None, nothing, nothing)
+        flat = [piece.reshape(-1) for piece in pieces] or [torch.empty(0, dtype=dtype, device=self.device)]
+        sent = torch.cat(flat) if len(flat) > 1 else flat[0]
         in_sizes, out_sizes = [0] * self.world_size, [0] * self.world_size
-        for peer, _, region in leg.sends:
-            in_sizes[peer] += region.numel
-        for peer, _, region in leg.receives:
-            out_sizes[peer] += region.numel
+        for peer, place, region in leg.sends:
+            in_sizes[peer] += len(parcels[place].indices) * region.numel
+        for peer, place, region in leg.receives:
+            out_sizes[peer] += len(parcels[place].indices) * region.numel
         received = torch.empty(sum(out_sizes), dtype=dtype, device=self.device)
         work = dist.all_to_all_single(received, sent, out_sizes, in_sizes, async_op=True)
-        return _InFlight(leg, work, received, sent)
+        return _InFlight(work, received, sent)
 
-    def _assemble(self, bucket: list[int], own: dict[int, Tensor], arriving: _InFlight) -> dict[int, Tensor]:
-        """The owned matrices of a bucket, each (rows, columns); a whole own shard is used as it lies."""
+    def _assemble(
+        self, parcels: list[Parcel], leg: _Leg, own: dict[int, Tensor], arriving: _InFlight
+    ) -> dict[int, Tensor]:
+        """The owned matrices of a bucket, each parcel's (K, rows, columns); whole own shards are used as they lie."""
         whole: dict[int, Tensor] = {}
-        for index in bucket:
-            if self.plan.owners[index] != self.rank:
-                continue
-            (rows, cols), region = self.matrices[index].shape, self.matrices[index].region
-            if region.numel == rows * cols:
-                whole[index] = own[index].view(rows, cols)
+        for place, shards in own.items():
+            matrix = self.matrices[parcels[place].indices[0]]
+            shape = (len(shards), *matrix.shape)
+            if shards[0].numel() == math.prod(matrix.shape):
+                whole[place] = shards.view(shape)
             else:
-                whole[index] = own[index].new_empty(rows, cols)
-                _write(whole[index], region, own[index])
-        for index, region, piece in arriving.pieces():
-            _write(whole[index], region, piece)
+                whole[place] = shards.new_empty(shape)
+                _write(whole[place], matrix.region, shards)
+        for place, region, piece in _pieces(leg, parcels, arriving):
+            _write(whole[place], region, piece)
         return whole
 
     def _send_back(
-        self, number: int, bucket: list[int], results: dict[int, Tensor]
-    ) -> tuple[list[int], dict[int, Tensor], _InFlight]:
+        self, number: int, parcels: list[Parcel], results: dict[int, Tensor]
+    ) -> tuple[list[Parcel], dict[int, Tensor], _Leg, _InFlight]:
         leg = self._ways_back[number]
-        in_flight = self._start(leg, [region.of(results[i]).reshape(-1) for _, i, region in leg.sends], bucket)
-        own = {index: self.matrices[index].region.of(result).reshape(-1) for index, result in results.items()}
-        return bucket, own, in_flight
+        in_flight = self._start(leg, [region.of(results[place]) for _, place, region in leg.sends], parcels)
+        own = {
+            place: self.matrices[parcels[place].indices[0]].region.of(result).flatten(1)
+            for place, result in results.items()
+        }
+        return parcels, own, leg, in_flight
 
-    def _deliver(self, bucket: list[int], own: dict[int, Tensor], arriving: _InFlight) -> list[tuple[int, Tensor]]:
+    def _deliver(self, parcels: list[Parcel], own: dict[int, Tensor], leg: _Leg, arriving: _InFlight) -> Stacks:
         local = dict(own)
-        for index, _, piece in arriving.pieces():
-            local[index] = piece
-        empty = torch.empty(0, device=self.device)
-        return [(index, local.get(index, empty)) for index in bucket]
+        for place, _, piece in _pieces(leg, parcels, arriving):
+            local[place] = piece
+        for place, parcel in enumerate(parcels):
+            if place not in local:
+                local[place] = torch.empty(len(parcel.indices), 0, device=self.device)
+        return [(parcel.indices, local[place]) for place, parcel in enumerate(parcels)]
+
+
+def _pieces(leg: _Leg, parcels: list[Parcel], arriving: _InFlight) -> Iterator[tuple[int, Region, Tensor]]:
+    """Wait, then give (parcel's place, region, tensor (K, elements)) of everything that arrived."""
+    if arriving.work is not None:
+        arriving.work.wait()
+    counts = [len(parcels[place].indices) for _, place, _ in leg.receives]
+    sizes = [count * region.numel for count, (_, _, region) in zip(counts, leg.receives, strict=True)]
+    pieces = torch.split(arriving.received, sizes)
+    for count, (_, place, region), piece in zip(counts, leg.receives, pieces, strict=True):
+        yield place, region, piece.view(count, region.numel)
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
@@ -259,5 +312,6 @@ def _peer(item: tuple[int, int, Region]) -> int:
 
 
 def _write(full: Tensor, region: Region, flat: Tensor) -> None:
+    """Into stacked matrices (K, rows, columns), shards (K, elements)."""
     target = region.of(full)
     target.copy_(flat.view(target.shape))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from lightning_namo import rules
 from lightning_namo.base import Entry, OrthogonalizedOptimizer, Update
-from lightning_namo.exchange import Exchange
+from lightning_namo.exchange import Exchange, Stacks
 from lightning_namo.grouped import Params, check, statistics_dtype
 from lightning_namo.orthogonalize import Coefficients, Method
-from lightning_namo.regions import Layout, local_tensor
+from lightning_namo.regions import Layout, local_tensor, stack, unstack
 from lightning_namo.rules import Decay
 from lightning_namo.types import (
     ClosedUnitInterval,
@@ -56,7 +56,9 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
         """The momentum counts as the gradient of a first step."""
         entries, _, exchange = self._plan()
         parts = [
-            entry.layout.sums_of_squares(local_tensor(state["momentum_buffer"]), self.per_column, state["v"].dtype)
+            entry.layout.sums_of_squares(
+                local_tensor(state["momentum_buffer"])[None], self.per_column, state["v"].dtype
+            )
             * exchange.contributes(i)
             for i, (entry, state) in enumerate(zip(entries, states, strict=True))
         ]
@@ -64,9 +66,8 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
         split = torch.split(totals, [part.numel() for part in parts])
         for entry, state, total in zip(entries, states, split, strict=True):
             gradient, gradient_sq = state["momentum_buffer"], total.view(state["v"].shape).to(state["v"].dtype)
-            state["momentum_buffer"], _ = rules.nesterov_momentum(
-                gradient, torch.zeros_like(gradient), momentum=entry.group["momentum"], nesterov=False
-            )
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+            rules.update_momentum(gradient, state["momentum_buffer"], momentum=entry.group["momentum"])
             first = torch.ones_like(state["step"])
             _, v = self._step_size(entry.group, gradient_sq, gradient_sq, state["v"], first)
             state["v"] = state["v"] if v is None else v
@@ -397,25 +398,26 @@ class AdaMuon(OrthogonalizedOptimizer):
         self,
         entries: list[Entry],
         exchange: Exchange,
-        bucket: list[tuple[int, Tensor]],
-        updates: dict[int, Update],
+        bucket: Stacks,
+        updates: dict[tuple[int, ...], Update],
     ) -> None:
         """Replace O by U and the step size by the one that its norm over all ranks gives."""
         directions, partials = [], []
-        for i, ortho in bucket:
-            entry, v = entries[i], local_tensor(self.state[entries[i].parameter]["v"])
-            direction, new_v = rules.adamuon_direction(
-                ortho.view(v.shape), v, beta2=entry.group["beta2"], eps=entry.group["eps"]
-            )
-            v.copy_(torch.where(updates[i].ok, new_v, v))
-            directions.append((i, direction))
+        for parcel, ortho in bucket:
+            entry = entries[parcel[0]]
+            vs = [local_tensor(self.state[entries[i].parameter]["v"]) for i in parcel]
+            v, keys = stack(vs), {key: entry.group[key] for key in ("beta2", "eps")}
+            direction, new_v = rules.adamuon_direction(ortho.view(v.shape), v, **keys)
+            v.copy_(torch.where(updates[parcel].ok.view(-1, *(1 for _ in vs[0].shape)), new_v, v))
+            unstack(v, vs)
+            directions.append((parcel, direction))
             norm_sq = entry.layout.sums_of_squares(direction, False, statistics_dtype(entry.parameter))
-            partials.append((norm_sq if exchange.contributes(i) else torch.zeros_like(norm_sq)).flatten())
+            partials.append((norm_sq if exchange.contributes(parcel[0]) else torch.zeros_like(norm_sq)).flatten())
         if not partials:
             return
         totals = torch.split(exchange.sum(torch.cat(partials)), [part.numel() for part in partials])
-        for (i, _), total in zip(bucket, totals, strict=True):
-            update, eps = updates[i], entries[i].group["eps"]
+        for (parcel, _), total in zip(bucket, totals, strict=True):
+            update, eps = updates[parcel], entries[parcel[0]].group["eps"]
             direction_sq = total.to(update.size.dtype).view(update.size.shape)
             update.size = rules.adamuon_step_size(direction_sq, norm=update.size, eps=eps)
         super()._finish(entries, exchange, directions, updates)

@@ -26,6 +26,7 @@ class Matrix:
         dtype: In which it travels, as a string ("torch.bfloat16").
         cost: Of the work on it, in any unit (FLOPs).
         region: The part that this rank holds.
+        kind: Matrices of one kind may be stacked and worked on together.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Matrix:
     dtype: str
     cost: int
     region: Region
+    kind: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)

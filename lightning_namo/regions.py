@@ -39,16 +39,22 @@ class Block:
         return (self.row_end - self.row) * (self.col_end - self.col)
 
     def of(self, full: Tensor) -> Tensor:
-        """View of this region in the stored matrix ``full`` (rows, columns)."""
-        return full[self.row : self.row_end, self.col : self.col_end]
+        """View of this region in stored matrices ``full`` (..., rows, columns)."""
+        return full[..., self.row : self.row_end, self.col : self.col_end]
 
     def to_rectangle(self, local: Tensor) -> Tensor:
-        """The local tensor as (row_end - row, col_end - col); a copy only where no view exists."""
-        return local.reshape(self.row_end - self.row, self.col_end - self.col)
+        """Local tensors (K, ...) as (K, row_end - row, col_end - col); a copy only where no view exists."""
+        return local.reshape(len(local), self.row_end - self.row, self.col_end - self.col)
 
     def from_rectangle(self, rectangle: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of `to_rectangle`, for tensors that broadcast to the rectangle."""
-        return rectangle.expand(self.row_end - self.row, self.col_end - self.col).reshape(shape)
+        """Inverse of `to_rectangle`, for tensors that broadcast to the rectangle.
+
+        Args:
+            rectangle: (K, rows or 1, columns or 1).
+            shape: Of one local tensor.
+        """
+        whole = rectangle.expand(-1, self.row_end - self.row, self.col_end - self.col)
+        return whole.reshape(len(rectangle), *shape)
 
 
 @dataclass(frozen=True)
@@ -88,21 +94,26 @@ class Span:
         return self.width
 
     def of(self, full: Tensor) -> Tensor:
-        """View of this region in the contiguous stored matrix ``full`` (rows, columns)."""
-        return full.view(-1)[self.start : self.stop]
+        """View of this region in contiguous stored matrices ``full`` (..., rows, columns)."""
+        return full.flatten(-2)[..., self.start : self.stop]
 
     def to_rectangle(self, local: Tensor) -> Tensor:
-        """The run padded with zeros to the whole rows it touches, (row_end - row, width)."""
+        """Runs (K, ...) padded with zeros to the whole rows they touch, (K, row_end - row, width)."""
         head = self.start - self.row * self.width
         tail = self.row_end * self.width - self.stop if self.numel else 0
-        padded = nn.functional.pad(local.reshape(-1), (head if self.numel else 0, tail))
-        return padded.view(-1, self.width)
+        padded = nn.functional.pad(local.flatten(1), (head if self.numel else 0, tail)) if head or tail else local
+        return padded.reshape(len(local), self.row_end - self.row, self.width)
 
     def from_rectangle(self, rectangle: Tensor, shape: torch.Size) -> Tensor:
-        """Inverse of `to_rectangle`, for tensors that broadcast to the rectangle."""
+        """Inverse of `to_rectangle`, for tensors that broadcast to the rectangle.
+
+        Args:
+            rectangle: (K, rows or 1, columns or 1).
+            shape: Of one local tensor.
+        """
         head = self.start - self.row * self.width
-        full = rectangle.expand(self.row_end - self.row, self.width).reshape(-1)
-        return full[head : head + self.numel].reshape(shape)
+        full = rectangle.expand(-1, self.row_end - self.row, self.width).flatten(1)
+        return full[:, head : head + self.numel].reshape(len(rectangle), *shape)
 
 
 Region = Block | Span
@@ -112,6 +123,17 @@ _MATRIX_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 def local_tensor(tensor: Tensor) -> Tensor:
     """The local shard of a DTensor, or the tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors of one shape as one (K, ...): a view of a single one, else a copy."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Copy a changed `stack` back; a single tensor of its dtype was changed in place."""
+    if len(tensors) > 1 or stacked.dtype != tensors[0].dtype:
+        torch._foreach_copy_(list(tensors), list(stacked.unbind()))
 
 
 def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
@@ -151,19 +173,19 @@ def shard_counts(module: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
     return [counts.get(parameter, 1) for parameter in parameters]
 
 
-def sum_of_squares(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``||X||_F^2``, (), row by row and then over the rows.
+def sum_of_squares(tensors: Tensor, dtype: torch.dtype) -> Tensor:
+    """``||X||_F^2`` of K tensors (K, ...), shape (K,), row by row and then over the rows.
 
     In one go torch's kernel for the CPU adds up in a chain, whose float32 rounding grows with the tensor: 4e-5 of the
     norm of 768 x 3072 elements, 5e-3 of that of 4096 x 16384, and another one for each way to shard it.
     """
-    if tensor.dim() > 1:
-        rows = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())), dtype=dtype)
-        return cast(Tensor, rows).square().sum()
-    whole = tensor.numel() - tensor.numel() % 1024
-    rows = torch.linalg.vector_norm(tensor[:whole].view(-1, 1024), dim=1, dtype=dtype)
-    rest = torch.linalg.vector_norm(tensor[whole:], dtype=dtype)
-    return cast(Tensor, rows.square().sum() + rest.square())
+    if tensors.dim() > 2:
+        rows = torch.linalg.vector_norm(tensors, dim=tuple(range(2, tensors.dim())), dtype=dtype)
+        return cast(Tensor, rows).square().sum(dim=1)
+    whole = tensors.shape[1] - tensors.shape[1] % 1024
+    rows = torch.linalg.vector_norm(tensors[:, :whole].reshape(len(tensors), -1, 1024), dim=2, dtype=dtype)
+    rest = torch.linalg.vector_norm(tensors[:, whole:], dim=1, dtype=dtype)
+    return cast(Tensor, rows.square().sum(dim=1) + rest.square())
 
 
 def stored_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -293,13 +315,13 @@ class Layout:
         return tuple((rows, columns) for rows in self.blocks)
 
     def matrices(self, full: Tensor) -> tuple[Tensor, ...]:
-        """Views (m, n) of the true matrices in the stored matrix ``full``."""
+        """Views (..., m, n) of the true matrices in stored matrices ``full`` (..., rows, columns)."""
         true = full.mT if self.transposed else full
-        return torch.split(true, list(self.blocks)) if len(self.blocks) > 1 else (true,)
+        return torch.split(true, list(self.blocks), dim=-2) if len(self.blocks) > 1 else (true,)
 
     def store(self, matrices: Sequence[Tensor]) -> Tensor:
-        """The contiguous stored matrix made of true matrices: the inverse of `matrices`."""
-        true = torch.cat(list(matrices)) if len(matrices) > 1 else matrices[0]
+        """The contiguous stored matrices made of true ones: the inverse of `matrices`."""
+        true = torch.cat(list(matrices), dim=-2) if len(matrices) > 1 else matrices[0]
         return (true.mT if self.transposed else true).contiguous()
 
     def statistic_shape(self, per_column: bool) -> tuple[int, ...]:
@@ -308,60 +330,61 @@ class Layout:
         return (*leading, self.matrix_shapes[0][1]) if per_column else leading
 
     def sums_of_squares(self, local: Tensor, per_column: bool, dtype: torch.dtype) -> Tensor:
-        """This shard's part of ``||X||_F^2`` (or of ``||X[:, j]||^2``) of each true matrix.
+        """These shards' part of ``||X||_F^2`` (or of ``||X[:, j]||^2``) of each true matrix.
 
         Args:
-            local: A tensor that lies like the local shard.
+            local: Tensors (K, ...) that lie like the local shard.
             per_column: Whether to sum by column.
             dtype: In which to sum.
 
         Returns:
-            A tensor of `statistic_shape`; summed over distinct shards it gives the whole matrix's.
+            K of `statistic_shape`; summed over distinct shards they give the whole matrices'.
         """
         if len(self.blocks) == 1 and not per_column:
             return sum_of_squares(local, dtype)
-        true, rows, cols = self._true(local)
-        totals = true.new_zeros(self.matrix_shapes[0][1], dtype=dtype) if per_column else None
+        true, rows, (col, col_end) = self._true(local)
+        columns = self.matrix_shapes[0][1]
         sums = []
         for begin, end in self._block_bounds(rows):
-            part = true[begin:end]
-            if totals is None:
-                sums.append(sum_of_squares(part, dtype))
+            part = true[:, begin:end]
+            if per_column:
+                of_columns = cast(Tensor, torch.linalg.vector_norm(part, dim=1, dtype=dtype)).square()
+                missing = (col, columns - col_end)
+                sums.append(nn.functional.pad(of_columns, missing) if any(missing) else of_columns)
             else:
-                column_sums = totals.clone()
-                column_sums[cols[0] : cols[1]] = torch.linalg.vector_norm(part, dim=0, dtype=dtype).square()
-                sums.append(column_sums)
-        return torch.stack(sums).view(self.statistic_shape(per_column))
+                sums.append(sum_of_squares(part, dtype))
+        return torch.stack(sums, dim=1).view(len(local), *self.statistic_shape(per_column))
 
     def spread(self, statistic: Tensor, per_column: bool, local_shape: torch.Size) -> Tensor:
-        """A statistic of the true matrices, laid out to broadcast against the local shard."""
-        if statistic.dim() == 0:
-            return statistic
+        """Statistics (K, ...) of the true matrices, laid out to broadcast against local shards (K, *local_shape)."""
+        if statistic.dim() == 1:
+            return statistic.view(-1, *(1 for _ in local_shape))
         (row, row_end), (col, col_end) = self._true_bounds()
         if len(self.blocks) > 1:
-            rows = zip(torch.split(statistic, 1), self.blocks, strict=True)
-            statistic = torch.cat([value.expand(count, *value.shape[1:]) for value, count in rows])[row:row_end]
+            rows = zip(torch.split(statistic, 1, dim=1), self.blocks, strict=True)
+            whole = torch.cat([value.expand(-1, count, *value.shape[2:]) for value, count in rows], dim=1)
+            statistic = whole[:, row:row_end]
         else:
-            statistic = statistic.unsqueeze(0)
-        rectangle = statistic[:, col:col_end] if per_column else statistic.unsqueeze(-1)
+            statistic = statistic.unsqueeze(1)
+        rectangle = statistic[..., col:col_end] if per_column else statistic.unsqueeze(-1)
         return self.region.from_rectangle(rectangle.mT if self.transposed else rectangle, local_shape)
 
     def collect(self, local: Tensor, per_column: bool) -> Tensor:
         """The inverse of `spread` for statistics that are not negative: zeros where this shard touches nothing.
 
         Args:
-            local: A statistic, spread over a tensor that lies like the local shard.
+            local: Statistics (K, ...), spread over tensors that lie like the local shard.
             per_column: As given to `spread`.
 
         Returns:
-            A tensor of `statistic_shape`; the largest over all shards is the whole.
+            K of `statistic_shape`; the largest over all shards is the whole.
         """
         true, rows, cols = self._true(local)
         parts = []
         for begin, end in self._block_bounds(rows):
-            part = nn.functional.pad(true[begin:end], (cols[0], self.matrix_shapes[0][1] - cols[1], 0, 1))
-            parts.append(part.amax(dim=0) if per_column else part.amax())
-        return torch.stack(parts).view(self.statistic_shape(per_column))
+            part = nn.functional.pad(true[:, begin:end], (cols[0], self.matrix_shapes[0][1] - cols[1], 0, 1))
+            parts.append(part.amax(dim=1) if per_column else part.amax(dim=(1, 2)))
+        return torch.stack(parts, dim=1).view(len(local), *self.statistic_shape(per_column))
 
     def _true_bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of the true matrix that the local rectangle touches."""

@@ -26,25 +26,30 @@ def bias_correction(decay: float, step: Tensor) -> Tensor:
     return -torch.expm1(step * math.log(decay)) if decay > 0 else torch.ones_like(step)
 
 
-def nesterov_momentum(
-    grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """The new momentum, and the direction N to orthogonalize.
+def direction(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool) -> Tensor:
+    """The direction N to orthogonalize, from the momentum before this step.
 
-    ``M <- M + (1 - mu)(G - M)``; ``N = (1 - mu) G + mu M`` with Nesterov (which uses the new M), else ``N = M``.
+    ``N = (1 - mu) G + mu M'`` with Nesterov, else ``N = M'``, where ``M' = M + (1 - mu)(G - M)`` is the new momentum.
+    Put together, N is the average of M and G with the weight ``1 - mu^2`` or ``1 - mu`` on G.
 
     Args:
         grad: Gradient G, any shape.
         buffer: Momentum M before this step, of the same shape and dtype.
         momentum: Decay mu of the average, in [0, 1).
         nesterov: Whether to look ahead (official code) or not (the paper's box).
-        out: Where to write the new momentum; ``buffer`` itself updates it in place.
-
-    Returns:
-        The new M, and N; without Nesterov they are one tensor.
     """
-    buffer = torch.lerp(buffer, grad, 1 - momentum, out=out)
-    return buffer, torch.lerp(grad, buffer, momentum) if nesterov else buffer
+    return torch.lerp(buffer, grad, 1 - momentum**2 if nesterov else 1 - momentum)
+
+
+def update_momentum(grad: Tensor, buffer: Tensor, *, momentum: float) -> None:
+    """``M <- M + (1 - mu)(G - M)`` in place.
+
+    Args:
+        grad: Gradient G, any shape.
+        buffer: Momentum M, of the same shape and dtype.
+        momentum: Decay mu of the average, in [0, 1).
+    """
+    buffer.lerp_(grad, 1 - momentum)
 
 
 def namo_step_size(

@@ -40,7 +40,8 @@ def peak_of_a_step(rank: int, matrices: int) -> int:
     optimizer = NAMO(parameters)
     optimizer.bucket_bytes = BUCKET
     optimizer.step()
-    return peak_bytes(optimizer.step)
+    # gloo's threads free a buffer when they are done with it, later on a busy machine: the least of three is the step's.
+    return min(peak_bytes(optimizer.step) for _ in range(3))
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
