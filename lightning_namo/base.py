@@ -17,9 +17,10 @@ from lightning_namo import rules
 from lightning_namo.adamw import AdamWStep
 from lightning_namo.exchange import DEFAULT_BUCKET_BYTES, Exchange, Stacks
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
-from lightning_namo.orthogonalize import Workspace, newton_schulz_flops, orthogonalize
+from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
 from lightning_namo.plan import Matrix
 from lightning_namo.regions import Layout, local_gradient, local_tensor, stack, sum_of_squares, unstack
+from lightning_namo.workspace import Workspace
 
 
 @dataclass(eq=False)
@@ -99,12 +100,17 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         adamw = AdamWStep(self.param_groups, self.state)
 
         families = [family for family in (family.only(chosen) for family in families) if family.parcels]
-        updates, not_finite = self._updates(entries, families, exchange, grads, adamw)
-        for bucket in exchange.map(
-            chosen, lambda indices: self._directions(entries, grads, indices, updates[indices].ok), self._work(entries)
-        ):
-            self._finish(entries, exchange, bucket, updates)
-            del bucket
+        with exchange.workspace.frame():
+            updates, not_finite = self._updates(entries, families, exchange, grads, adamw)
+            buckets = exchange.map(
+                chosen,
+                lambda indices: self._directions(entries, exchange, grads, indices, updates[indices].ok),
+                self._work(entries, exchange.workspace),
+            )
+            for bucket in buckets:
+                with exchange.workspace.frame():
+                    self._finish(entries, exchange, bucket, updates)
+                del bucket
         adamw.run(not_finite)
         self._count_adamw(not_finite)
         self._warn_of_strays()
@@ -158,7 +164,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 if not group["orthogonalize"]
                 for name, p in zip(parameter_names(group), group["params"], strict=True)
             ]
-            exchange = Exchange(matrices, device, self.bucket_bytes, others, lambda: _checksums(entries))
+            exchange = Exchange(matrices, device, self.bucket_bytes, others, lambda: _checksums(entries), Workspace())
             self._planned = entries, self._families(entries, exchange), exchange
             self._planned_for = planned_for
         return self._planned
@@ -226,7 +232,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     def _family_partials(
         self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], family: _Family
     ) -> list[Tensor]:
-        of_parcels = [self._partials(entries, exchange, grads, parcel) for parcel in family.parcels]
+        of_parcels = []
+        for parcel in family.parcels:
+            with exchange.workspace.frame():
+                of_parcels.append(self._partials(entries, exchange, grads, parcel))
         return [torch.cat(parts) for parts in zip(*of_parcels, strict=True)]
 
     def _partials(
@@ -245,11 +254,12 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             present *= torch.tensor(found, device=device)
         if not counts:  # a replica's gradient enters no sum, but its own momentum
             return zeros, zeros, present * sum_of_squares(grad, dtype).isfinite()
-        grad_sq = layout.sums_of_squares(grad, self.per_column, dtype)
+        grad_sq = layout.sums_of_squares(grad, self.per_column, dtype, exchange.workspace)
         if not self.adaptive:
             return grad_sq, zeros, present
-        direction = rules.direction(grad, buffer, momentum=entry.group["momentum"], nesterov=entry.group["nesterov"])
-        return grad_sq, layout.sums_of_squares(direction, self.per_column, dtype), present
+        keys = {key: entry.group[key] for key in ("momentum", "nesterov")}
+        direction = rules.direction(grad, buffer, **keys, out=exchange.workspace.like(grad))
+        return grad_sq, layout.sums_of_squares(direction, self.per_column, dtype, exchange.workspace), present
 
     def _momenta(
         self, entries: list[Entry], grads: Sequence[Tensor | None], parcel: tuple[int, ...]
@@ -311,26 +321,32 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         return rules.shape_factor(shape, shape_scale)
 
     def _directions(
-        self, entries: list[Entry], grads: Sequence[Tensor | None], parcel: tuple[int, ...], ok: Tensor
+        self,
+        entries: list[Entry],
+        exchange: Exchange,
+        grads: Sequence[Tensor | None],
+        parcel: tuple[int, ...],
+        ok: Tensor,
     ) -> Tensor:
         """Update the momenta where ok, and give the directions N (K, ...) to orthogonalize, in their wire dtype."""
-        entry = entries[parcel[0]]
+        entry, workspace = entries[parcel[0]], exchange.workspace
         momenta, buffer, grad = self._momenta(entries, grads, parcel)
-        # Where not ok M stands in for G: nothing moves, and the direction stays finite.
-        grad = torch.where(ok.view(-1, *(1 for _ in momenta[0].shape)), grad, buffer)
-        direction = rules.direction(grad, buffer, momentum=entry.group["momentum"], nesterov=entry.group["nesterov"])
-        direction = self._input(direction).to(_wire_dtype(entry))
-        rules.update_momentum(grad, buffer, momentum=entry.group["momentum"])
+        sent = workspace.like(grad, _wire_dtype(entry))
+        with workspace.frame():
+            # Where not ok M stands in for G: nothing moves, and the direction stays finite.
+            grad = torch.where(ok.view(-1, *(1 for _ in momenta[0].shape)), grad, buffer, out=workspace.like(grad))
+            keys = {key: entry.group[key] for key in ("momentum", "nesterov")}
+            sent.copy_(self._input(rules.direction(grad, buffer, **keys, out=workspace.like(grad))))
+            rules.update_momentum(grad, buffer, momentum=entry.group["momentum"])
         unstack(buffer, momenta)
-        return direction
+        return sent
 
     def _input(self, direction: Tensor) -> Tensor:
         """What is orthogonalized, from N."""
         return direction
 
-    def _work(self, entries: list[Entry]) -> Callable[[Stacks], list[Tensor]]:
+    def _work(self, entries: list[Entry], workspace: Workspace) -> Callable[[Stacks], list[Tensor]]:
         """What the exchange does with whole stored matrices: the polar factors of the true ones, stored alike."""
-        workspace = Workspace()
 
         def polar(stacks: Stacks) -> list[Tensor]:
             results: dict[int, Tensor] = {}
@@ -373,7 +389,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             shape, weight = weights[0].shape, stack(weights)
             rules.apply_update(
                 weight,
-                ortho.view(weight.shape),
+                exchange.workspace.like(weight, update.size.dtype).copy_(ortho.view(weight.shape)),
                 layout.spread(update.size, self.per_column, shape),
                 layout.spread(update.factor, self.per_column, shape),
             )

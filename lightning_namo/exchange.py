@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_namo.plan import Described, Matrix, check_agreement, check_replicas, make_plan
 from lightning_namo.regions import Region
+from lightning_namo.workspace import Workspace
 
 DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
 CACHED_ELEMENTS = 2**21  # bound on a stack on CPUs, where larger ones leave the cache between operations
@@ -62,6 +63,7 @@ class Exchange:
         bucket_bytes: See `make_plan`; up to three buckets are in flight.
         others: Parameters that do not travel, but must be the same on all ranks too.
         checksums: Gives a checksum of this rank's weights of each matrix; called if there are other ranks.
+        workspace: Where shards and results lie while a bucket is worked on.
 
     Raises:
         ValueError: On all ranks, if they disagree or the shards do not make up a matrix.
@@ -74,8 +76,10 @@ class Exchange:
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         others: Sequence[Described] = (),
         checksums: Callable[[], list[float]] = list,
+        workspace: Workspace | None = None,
     ) -> None:
         self.matrices = list(matrices)
+        self.workspace = workspace or Workspace()
         self.device = device
         initialized = dist.is_available() and dist.is_initialized()
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
@@ -135,10 +139,18 @@ class Exchange:
             work: From stacks (K, rows, columns) of whole stored matrices to results of the same shapes and dtypes.
                 Its inputs may be the shards themselves: it must not modify them.
 
+        Both may give tensors of the workspace's current frame.
+
         Yields:
-            For each bucket stacks (K, elements) of the flat local results; elements are 0 for empty shards.
+            For each bucket stacks (K, elements) of the flat local results; elements are 0 for empty shards. They are
+            valid until the next.
         """
         buckets = [self._chosen(parcels, chosen) for parcels in self.buckets]
+        if not self.shared:
+            for parcels in buckets:
+                with self.workspace.frame():
+                    yield self._work_alone(parcels, shards, work)
+            return
         arriving = self._depart(0, buckets[0], shards) if buckets else None
         returning: tuple[list[Parcel], dict[int, Tensor], _Leg, _InFlight] | None = None
         for number, parcels in enumerate(buckets):
@@ -147,16 +159,26 @@ class Exchange:
             if number + 1 < len(buckets):
                 arriving = self._depart(number + 1, buckets[number + 1], shards)
             whole = self._assemble(parcels, self._ways_in[number], *here)
-            stacks = [(parcels[place].indices, stack) for place, stack in whole.items()]
-            results = dict(zip(whole, work(stacks), strict=True))
-            del whole, stacks, here
-            back = self._send_back(number, parcels, results)
-            del results
+            with self.workspace.frame():
+                results = work([(parcels[place].indices, stack) for place, stack in whole.items()])
+                back = self._send_back(number, parcels, dict(zip(whole, results, strict=True)))
+            del whole, here, results
             if returning is not None:
                 yield self._deliver(*returning)
             returning = back
         if returning is not None:
             yield self._deliver(*returning)
+
+    def _work_alone(
+        self,
+        parcels: list[Parcel],
+        shards: Callable[[tuple[int, ...]], Tensor],
+        work: Callable[[Stacks], list[Tensor]],
+    ) -> Stacks:
+        stacks = [
+            (p.indices, shards(p.indices).view(len(p.indices), *self.matrices[p.indices[0]].shape)) for p in parcels
+        ]
+        return [(indices, result.flatten(1)) for (indices, _), result in zip(stacks, work(stacks), strict=True)]
 
     def _parcels(self, bucket: Sequence[int]) -> list[Parcel]:
         """Group a bucket's matrices that are of one kind and lie alike on every rank."""
@@ -212,19 +234,24 @@ class Exchange:
     def _depart(
         self, number: int, parcels: list[Parcel], shards: Callable[[tuple[int, ...]], Tensor]
     ) -> tuple[dict[int, Tensor], _InFlight]:
-        stacks = [shards(parcel.indices).flatten(1) for parcel in parcels]
-        leg = self._ways_in[number]
-        in_flight = self._start(leg, [stacks[place] for _, place, _ in leg.sends], parcels)
-        own = {place: stacks[place] for place, parcel in enumerate(parcels) if parcel.owner == self.rank}
-        return own, in_flight
+        """Send what others own of a bucket; put what is owned here into matrices (K, rows, columns)."""
+        leg, whole = self._ways_in[number], {}
+        with self.workspace.frame():
+            stacks = [shards(parcel.indices).flatten(1) for parcel in parcels]
+            in_flight = self._start(leg, [stacks[place] for _, place, _ in leg.sends], parcels)
+            for place, parcel in enumerate(parcels):
+                if parcel.owner == self.rank:
+                    matrix = self.matrices[parcel.indices[0]]
+                    whole[place] = stacks[place].new_empty(len(parcel.indices), *matrix.shape)
+                    _write(whole[place], matrix.region, stacks[place])
+        return whole, in_flight
 
     def _start(self, leg: _Leg, pieces: list[Tensor], parcels: list[Parcel]) -> _InFlight:
         dtype = _dtype(self.matrices[parcels[0].indices[0]]) if parcels else torch.float32
         if not leg.needed:
             nothing = torch.empty(0, dtype=dtype, device=self.device)
             return _InFlight(None, nothing, nothing)
-        flat = [piece.reshape(-1) for piece in pieces] or [torch.empty(0, dtype=dtype, device=self.device)]
-        sent = torch.cat(flat) if len(flat) > 1 else flat[0]
+        sent = torch.cat([piece.reshape(-1) for piece in pieces] or [torch.empty(0, dtype=dtype, device=self.device)])
         in_sizes, out_sizes = [0] * self.world_size, [0] * self.world_size
         for peer, place, region in leg.sends:
             in_sizes[peer] += len(parcels[place].indices) * region.numel
@@ -235,18 +262,9 @@ class Exchange:
         return _InFlight(work, received, sent)
 
     def _assemble(
-        self, parcels: list[Parcel], leg: _Leg, own: dict[int, Tensor], arriving: _InFlight
+        self, parcels: list[Parcel], leg: _Leg, whole: dict[int, Tensor], arriving: _InFlight
     ) -> dict[int, Tensor]:
-        """The owned matrices of a bucket, each parcel's (K, rows, columns); whole own shards are used as they lie."""
-        whole: dict[int, Tensor] = {}
-        for place, shards in own.items():
-            matrix = self.matrices[parcels[place].indices[0]]
-            shape = (len(shards), *matrix.shape)
-            if shards[0].numel() == math.prod(matrix.shape):
-                whole[place] = shards.view(shape)
-            else:
-                whole[place] = shards.new_empty(shape)
-                _write(whole[place], matrix.region, shards)
+        """Put what arrived into the owned matrices of a bucket."""
         for place, region, piece in _pieces(leg, parcels, arriving):
             _write(whole[place], region, piece)
         return whole
@@ -257,7 +275,7 @@ class Exchange:
         leg = self._ways_back[number]
         in_flight = self._start(leg, [region.of(results[place]) for _, place, region in leg.sends], parcels)
         own = {
-            place: self.matrices[parcels[place].indices[0]].region.of(result).flatten(1)
+            place: self.matrices[parcels[place].indices[0]].region.of(result).flatten(1).clone()
             for place, result in results.items()
         }
         return parcels, own, leg, in_flight

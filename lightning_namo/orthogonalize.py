@@ -8,14 +8,16 @@ References:
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Literal, TypeAlias, cast, overload
 
 import torch
 from torch import Tensor
+
+from lightning_namo.workspace import Workspace
 
 Method = Literal["newton_schulz", "svd"]
 Triple: TypeAlias = tuple[float, float, float]
@@ -81,21 +83,6 @@ def _is_triple(row: object) -> bool:
     return isinstance(row, Sequence) and len(row) == 3 and all(isinstance(x, (int, float)) for x in row)
 
 
-class Workspace:
-    """Scratch memory that calls share: one flat tensor for each use, as large as the largest that was asked for."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, use: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor whose values are whatever the last call left; it is valid until the same use is taken again."""
-        numel, key = math.prod(shape), (use, dtype, device)
-        if key not in self._flat or self._flat[key].numel() < numel:
-            self._flat.pop(key, None)  # before the larger one is allocated
-            self._flat[key] = torch.empty(numel, dtype=dtype, device=device)
-        return self._flat[key][:numel].view(*shape)
-
-
 @overload
 def orthogonalize(
     matrices: Tensor,
@@ -137,7 +124,7 @@ def orthogonalize(
         ns_coefficients: "quintic" (Muon's; singular values land in [0.68, 1.20]), "polar_express" (in
             [0.86, 1.14] for inputs of at least 0.003 of the Frobenius norm), or triples (a, b, c).
         dtype: In which the iteration runs; None: `iteration_dtype` of the device.
-        workspace: Keeps scratch memory for further calls.
+        workspace: Where Newton-Schulz's results lie too: they are valid until its frame ends. None: they are new.
 
     Returns:
         Tensors of the same shapes and dtypes as the input's; a list for a list.
@@ -163,7 +150,7 @@ def orthogonalize(
     if method == "svd":
         polar = [_exact_polar(batch) for batch in batches]
     else:
-        polar = _newton_schulz(batches, polynomials, dtype, workspace or Workspace())
+        polar = _newton_schulz(batches, polynomials, dtype, workspace)
     results = [polar[batch][row] for batch, row in places]
     return results[0] if isinstance(matrices, Tensor) else results
 
@@ -204,7 +191,7 @@ def _exact_polar(batch: Tensor) -> Tensor:
 
 
 def _newton_schulz(
-    batches: Sequence[Tensor], polynomials: Sequence[Triple], dtype: torch.dtype | None, workspace: Workspace
+    batches: Sequence[Tensor], polynomials: Sequence[Triple], dtype: torch.dtype | None, workspace: Workspace | None
 ) -> list[Tensor]:
     """Polar factors of batches (B, m, n), in their dtypes; those of one short side go through the iteration together.
 
@@ -227,7 +214,7 @@ def _newton_schulz(
 
 
 def _iterate(
-    batches: Sequence[Tensor], segments: Sequence[Sequence[Triple]], dtype: torch.dtype, workspace: Workspace
+    batches: Sequence[Tensor], segments: Sequence[Sequence[Triple]], dtype: torch.dtype, workspace: Workspace | None
 ) -> list[Tensor]:
     """Iterate batches (B, m, n) of one short side: ``X <- p(R) X`` with ``R = X X^T``, or X^T X on the right.
 
@@ -237,40 +224,47 @@ def _iterate(
     """
     sizes, device = [len(batch) for batch in batches], batches[0].device
     short = min(batches[0].shape[-2:])
-    squares = workspace.take("squares", (3, sum(sizes), short, short), dtype, device)
-    gram, poly, spare = squares.unbind()
-    results = [torch.empty(batch.shape, dtype=dtype, device=device) for batch in batches]
-    flat = workspace.take("iterates", (sum(batch.numel() for batch in batches),), dtype, device)
-    others = [part.view(batch.shape) for part, batch in zip(_split(flat, batches), batches, strict=True)]
-    # The iterates change places with each segment, and end in results.
-    xs, ys = (results, others) if len(segments) % 2 == 0 else (others, results)
-    for batch, x in zip(batches, xs, strict=True):
-        _normalize(batch, out=x)
-    for segment in segments:
-        for x, part in zip(xs, torch.split(gram, sizes), strict=True):
-            left, right = (x, x.mT) if _is_wide(x) else (x.mT, x)
-            torch.bmm(left, right, out=part)
-        a, b, c = segment[0]
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
-        if len(segment) == 1:
-            factor, beta = poly, a
-        else:
-            a2, b2, c2 = segment[1]
-            torch.baddbmm(gram, poly, gram, beta=a, out=spare)
-            torch.baddbmm(spare, spare, poly, beta=a, out=gram)  # R' = P R P
-            torch.baddbmm(gram, gram, gram, beta=b2, alpha=c2, out=spare)
-            poly.diagonal(dim1=1, dim2=2).add_(a)
-            torch.baddbmm(poly, spare, poly, beta=a2, out=gram)
-            factor, beta = gram, 0.0
-        for x, y, part in zip(xs, ys, torch.split(factor, sizes), strict=True):
-            left, right = (part, x) if _is_wide(x) else (x, part.mT)  # X P^T P'^T: rounded factors do not commute
-            torch.baddbmm(x, left, right, beta=beta, out=y) if beta else torch.bmm(left, right, out=y)
-        xs, ys = ys, xs
+    # Outside of the frame the results; the iterates change places with each segment, and end in results.
+    results = [_take(workspace, batch.shape, dtype, device) for batch in batches]
+    with workspace.frame() if workspace else nullcontext():
+        others = [_take(workspace, batch.shape, dtype, device) for batch in batches]
+        squares = _take(workspace, (3, sum(sizes), short, short), dtype, device)
+        xs, ys = (results, others) if len(segments) % 2 == 0 else (others, results)
+        for batch, x in zip(batches, xs, strict=True):
+            _normalize(batch, out=x)
+        for segment in segments:
+            _apply(segment, xs, ys, squares, sizes)
+            xs, ys = ys, xs
     return results
 
 
-def _split(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    return torch.split(flat, [tensor.numel() for tensor in like])
+def _take(workspace: Workspace | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return workspace.take(shape, dtype, device) if workspace else torch.empty(shape, dtype=dtype, device=device)
+
+
+def _apply(
+    segment: Sequence[Triple], xs: Sequence[Tensor], ys: Sequence[Tensor], squares: Tensor, sizes: list[int]
+) -> None:
+    """One segment of `_iterate`, from xs to ys."""
+    gram, poly, spare = squares.unbind()
+    for x, part in zip(xs, torch.split(gram, sizes), strict=True):
+        left, right = (x, x.mT) if _is_wide(x) else (x.mT, x)
+        torch.bmm(left, right, out=part)
+    a, b, c = segment[0]
+    torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
+    if len(segment) == 1:
+        factor, beta = poly, a
+    else:
+        a2, b2, c2 = segment[1]
+        torch.baddbmm(gram, poly, gram, beta=a, out=spare)
+        torch.baddbmm(spare, spare, poly, beta=a, out=gram)  # R' = P R P
+        torch.baddbmm(gram, gram, gram, beta=b2, alpha=c2, out=spare)
+        poly.diagonal(dim1=1, dim2=2).add_(a)
+        torch.baddbmm(poly, spare, poly, beta=a2, out=gram)
+        factor, beta = gram, 0.0
+    for x, y, part in zip(xs, ys, torch.split(factor, sizes), strict=True):
+        left, right = (part, x) if _is_wide(x) else (x, part.mT)  # X P^T P'^T: rounded factors do not commute
+        torch.baddbmm(x, left, right, beta=beta, out=y) if beta else torch.bmm(left, right, out=y)
 
 
 def _is_wide(batch: Tensor) -> bool:
@@ -280,8 +274,10 @@ def _is_wide(batch: Tensor) -> bool:
 def _normalize(batch: Tensor, out: Tensor) -> None:
     """Each matrix by its Frobenius norm, which is summed in at least float32; rounded once."""
     norm_dtype = torch.promote_types(torch.promote_types(batch.dtype, out.dtype), torch.float32)
-    norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=norm_dtype)
-    torch.div(batch, norm + _NORM_EPS, out=out)
+    norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=norm_dtype) + _NORM_EPS
+    if len(batch) == 1 and batch.device.type == "cpu":  # a divisor without dimensions: no promoted copy of the matrix
+        batch, norm, out = batch[0], norm[0, 0, 0], out[0]
+    torch.div(batch, norm, out=out)
 
 
 def _pairs_pay(short: int, long: int) -> bool:

@@ -26,7 +26,7 @@ def bias_correction(decay: float, step: Tensor) -> Tensor:
     return -torch.expm1(step * math.log(decay)) if decay > 0 else torch.ones_like(step)
 
 
-def direction(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool) -> Tensor:
+def direction(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool, out: Tensor | None = None) -> Tensor:
     """The direction N to orthogonalize, from the momentum before this step.
 
     ``N = (1 - mu) G + mu M'`` with Nesterov, else ``N = M'``, where ``M' = M + (1 - mu)(G - M)`` is the new momentum.
@@ -37,8 +37,9 @@ def direction(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool) 
         buffer: Momentum M before this step, of the same shape and dtype.
         momentum: Decay mu of the average, in [0, 1).
         nesterov: Whether to look ahead (official code) or not (the paper's box).
+        out: Where to write N.
     """
-    return torch.lerp(buffer, grad, 1 - momentum**2 if nesterov else 1 - momentum)
+    return torch.lerp(buffer, grad, 1 - momentum**2 if nesterov else 1 - momentum, out=out)
 
 
 def update_momentum(grad: Tensor, buffer: Tensor, *, momentum: float) -> None:
