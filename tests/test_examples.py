@@ -35,11 +35,3 @@ def test_an_example_trains_on_two_processes(command: list[str], tmp_path: Path) 
     losses = [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", run(command, tmp_path))]
     assert losses[0] == pytest.approx(8.33, abs=0.1)  # the logarithm of 4096 tokens
     assert losses[-1] < losses[0] - 0.5
-
-
-def test_the_sharded_benchmark_prints_ratios_and_loads(tmp_path: Path) -> None:
-    options = ["--blocks", "1", "--width", "64", "--rounds", "2", "--csv", "out.csv"]
-    printed = run([sys.executable, str(EXAMPLES / "benchmarks" / "sharded_step.py"), *options], tmp_path)
-    assert re.search(r"torch\.optim\.Muon +\d+ +1\.00", printed)
-    assert re.search(r"rank 0 5\d\.\d%, rank 1 4\d\.\d%|rank 0 4\d\.\d%, rank 1 5\d\.\d%|rank 0 50\.0%", printed)
-    assert (tmp_path / "out.csv").read_text().startswith("side,median ms")

@@ -1,0 +1,89 @@
+"""The benchmarks run as their docstrings say, on a small network, and leave a table and a picture."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+SMALL = ["--blocks", "1", "--width", "64", "--rounds", "2", "--threads", "1", "--csv", "out.csv", "--figure", "out.png"]
+
+OTHERS = """
+from torch.optim import SGD
+
+class NAMO(SGD):
+    def __init__(self, lr, wd, muon_params, adamw_params):
+        super().__init__([*muon_params, *adamw_params], lr, weight_decay=wd)
+
+class NAMO_D(NAMO):
+    pass
+
+class Muon(SGD):
+    def __init__(self, params, lr, weight_decay, distributed_mesh, nesterov, adjust_lr):
+        super().__init__(params, lr, weight_decay=weight_decay)
+"""
+
+
+def run(script: str, options: list[str], folder: Path) -> tuple[str, list[dict[str, str]]]:
+    """What a benchmark prints, and its table, once its picture has been seen to be one."""
+    command = [sys.executable, str(BENCHMARKS / script), *SMALL, *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    height, width, _ = imread(folder / "out.png").shape
+    assert min(height, width) > 100
+    with (folder / "out.csv").open(newline="", encoding="utf-8") as file:
+        return done.stdout, list(csv.DictReader(file))
+
+
+def test_step_compares_sides_on_shards_of_two_processes(tmp_path: Path) -> None:
+    printed, table = run("step.py", ["--ranks", "2", "--sides", "namo,torch,redundant"], tmp_path)
+    rows = {row["side"]: row for row in table}
+    assert list(rows) == ["NAMO", "torch.optim.Muon", "redundant"]
+    for row in rows.values():
+        assert float(row["fastest ms"]) <= float(row["step, median ms"]) <= float(row["slowest ms"])
+        assert float(row["of redundant, least"]) <= float(row["of redundant, most"])
+        assert min(float(row[name]) for name in ("GFLOP", "operations", "GB touched", "MB sent", "peak MB")) > 0
+    assert rows["redundant"]["of redundant"] == "1.000"
+    sent = re.search(r"rank 0 sends ([\d,]+) bytes of matrices", printed)
+    assert sent is not None
+    assert float(rows["NAMO"]["MB sent"]) >= int(sent[1].replace(",", "")) / 1e6
+    assert float(rows["NAMO"]["MB sent"]) < float(rows["torch.optim.Muon"]["MB sent"])
+    assert int(rows["NAMO"]["collectives"]) < int(rows["torch.optim.Muon"]["collectives"])
+
+
+def test_step_updates_a_whole_gpt2_also_with_checkouts_of_others(tmp_path: Path) -> None:
+    for name in ("src/namo.py", "dion/muon.py"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(OTHERS)
+    sides = ["namo", "torch", "adamw", "authors-namo", "authors-namo-d", "dion"]
+    options = ["--model", "small", "--authors", ".", "--dion", ".", "--sides", ",".join(sides), "--alone"]
+    printed, table = run("step.py", options, tmp_path)
+    rows = {row["side"]: row for row in table}
+    others = ["authors' NAMO", "authors' NAMO-D", "dion's Muon"]
+    assert list(rows) == ["NAMO", "torch.optim.Muon", "fused AdamW", *others]
+    assert {f"of {other}" for other in others} < set(table[0])
+    # X X', its square and their product with X, five times, for matrices of 64 rows and together 768 columns
+    flops = 5 * (4 * 64**2 * 768 + 4 * 2 * 64**3)
+    assert float(rows["torch.optim.Muon"]["GFLOP"]) == pytest.approx(flops / 1e9, rel=1e-4)
+    assert float(rows["fused AdamW"]["GFLOP"]) == 0
+    assert "all code runs eagerly" in printed
+    assert "One side after another" in printed
+
+
+def test_train_computes_large_batches_from_measured_parts(tmp_path: Path) -> None:
+    options = ["--block-size", "64", "--tokens", "64", "491520", "--precision", "32-true"]
+    printed, table = run("train.py", options, tmp_path)
+    assert [row["optimizer"] for row in table] == ["AdamW", "Muon", "NAMO", "NAMO-D"] * 2
+    assert [row["micro-batches"] for row in table] == ["1"] * 4 + ["7680"] * 4
+    assert [bool(row["step s, measured"]) for row in table] == [True] * 4 + [False] * 4
+    assert all(0 < float(row["optimizer % of it"]) < 100 for row in table[:4])
+    assert [row["over AdamW %, computed"] for row in table if row["optimizer"] == "AdamW"] == ["0.00", "0.00"]
+    assert re.search(r"NAMO-D at 491,520 tokens: -?[\d.]+% over AdamW, computed; goal 4%", printed)
