@@ -407,4 +407,5 @@ def _wire_dtype(entry: Entry) -> torch.dtype:
 
 
 def _cost(entry: Entry) -> int:
-    return sum(newton_schulz_flops(shape, entry.group["ns_steps"]) for shape in entry.layout.matrix_shapes)
+    keys = {key: entry.group[key] for key in ("ns_steps", "ns_coefficients")}
+    return sum(newton_schulz_flops(shape, **keys) for shape in entry.layout.matrix_shapes)

@@ -8,6 +8,8 @@ References:
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,7 +26,9 @@ Triple: TypeAlias = tuple[float, float, float]
 Coefficients: TypeAlias = Literal["quintic", "polar_express"] | Sequence[float] | Sequence[Sequence[float]]
 
 _NORM_EPS = 1e-7  # added to the Frobenius norm before the iteration, as in the official code
-_SMALLEST_PAIRED = 64  # short side from which on two steps go by way of the Gram square
+_SMALLEST_SQUARE = 64  # short side from which on steps go by way of the Gram square
+_SMALLEST_SQUARE_OF_THREE = 512  # from which on three in a row do
+_GROWTH_OF_THREE = 45.0  # if their a1 a2 a3 is no larger; the quintic's is 41
 _SAFETY = 1.01  # Polar Express as published shrinks its argument by this, against overshoot in bfloat16
 
 _PUBLISHED: dict[str, tuple[Triple, ...]] = {
@@ -198,29 +202,33 @@ def _newton_schulz(
     The transpose's polar factor is the transpose: a batch that is stored transposed is iterated as it lies.
     """
     results = [torch.zeros_like(batch) if batch.numel() == 0 else batch for batch in batches]
-    together: dict[tuple[int, bool, torch.dtype, torch.device], list[int]] = defaultdict(list)
+    together: dict[tuple[int, tuple[int, ...], torch.dtype, torch.device], list[int]] = defaultdict(list)
     for index, batch in enumerate(batches):
         if batch.numel():
             short, long = sorted(batch.shape[-2:])
             working = dtype or iteration_dtype(batch.device.type)
-            together[short, _pairs_pay(short, long), working, batch.device].append(index)
-    for (_, pairs, working, _), indices in together.items():
+            together[short, _lengths(polynomials, short, long), working, batch.device].append(index)
+    for (_, lengths, working, _), indices in together.items():
         turned = [_stored_transposed(batches[i]) for i in indices]
         stored = [batches[i].mT if turn else batches[i] for i, turn in zip(indices, turned, strict=True)]
-        polar = _iterate(stored, _segments(polynomials, pairs), working, workspace)
+        polar = _iterate(stored, polynomials, lengths, working, workspace)
         for i, turn, result in zip(indices, turned, polar, strict=True):
             results[i] = (result.mT if turn else result).to(batches[i].dtype)
     return results
 
 
 def _iterate(
-    batches: Sequence[Tensor], segments: Sequence[Sequence[Triple]], dtype: torch.dtype, workspace: Workspace | None
+    batches: Sequence[Tensor],
+    polynomials: Sequence[Triple],
+    lengths: Sequence[int],
+    dtype: torch.dtype,
+    workspace: Workspace | None,
 ) -> list[Tensor]:
     """Iterate batches (B, m, n) of one short side: ``X <- p(R) X`` with ``R = X X^T``, or X^T X on the right.
 
-    One polynomial of a segment is applied as ``a X + (b R + c R^2) X``. Two are composed on the small square first,
-    ``P = a I + b R + c R^2``, ``R' = P R P``, ``Q = P' P``, and ``Q X`` is one product. Every product adds before
-    it rounds.
+    One step is applied as ``a X + (b R + c R^2) X``. Several are composed on the small square first, which takes R
+    along: ``P = a I + b R + c R^2``, ``Q <- P Q``, ``R <- P R P``; then ``Q X`` is one product. Every product adds
+    before it rounds.
     """
     sizes, device = [len(batch) for batch in batches], batches[0].device
     short = min(batches[0].shape[-2:])
@@ -228,12 +236,13 @@ def _iterate(
     results = [_take(workspace, batch.shape, dtype, device) for batch in batches]
     with workspace.frame() if workspace else nullcontext():
         others = [_take(workspace, batch.shape, dtype, device) for batch in batches]
-        squares = _take(workspace, (3, sum(sizes), short, short), dtype, device)
-        xs, ys = (results, others) if len(segments) % 2 == 0 else (others, results)
+        squares = _take(workspace, (4, sum(sizes), short, short), dtype, device)
+        xs, ys = (results, others) if len(lengths) % 2 == 0 else (others, results)
         for batch, x in zip(batches, xs, strict=True):
             _normalize(batch, out=x)
-        for segment in segments:
-            _apply(segment, xs, ys, squares, sizes)
+        steps = iter(polynomials)
+        for length in lengths:
+            _apply(list(itertools.islice(steps, length)), xs, ys, squares, sizes)
             xs, ys = ys, xs
     return results
 
@@ -246,25 +255,28 @@ def _apply(
     segment: Sequence[Triple], xs: Sequence[Tensor], ys: Sequence[Tensor], squares: Tensor, sizes: list[int]
 ) -> None:
     """One segment of `_iterate`, from xs to ys."""
-    gram, poly, spare = squares.unbind()
+    gram, poly, factor, spare = squares.unbind()
     for x, part in zip(xs, torch.split(gram, sizes), strict=True):
         left, right = (x, x.mT) if _is_wide(x) else (x.mT, x)
         torch.bmm(left, right, out=part)
-    a, b, c = segment[0]
-    torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
-    if len(segment) == 1:
-        factor, beta = poly, a
-    else:
-        a2, b2, c2 = segment[1]
-        torch.baddbmm(gram, poly, gram, beta=a, out=spare)
-        torch.baddbmm(spare, spare, poly, beta=a, out=gram)  # R' = P R P
-        torch.baddbmm(gram, gram, gram, beta=b2, alpha=c2, out=spare)
-        poly.diagonal(dim1=1, dim2=2).add_(a)
-        torch.baddbmm(poly, spare, poly, beta=a2, out=gram)
-        factor, beta = gram, 0.0
+    for k, (a, b, c) in enumerate(segment):
+        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
+        if k:
+            torch.baddbmm(factor, poly, factor, beta=a, out=spare)
+            factor, spare = spare, factor
+        if k + 1 < len(segment):
+            torch.baddbmm(gram, poly, gram, beta=a, out=spare)
+            torch.baddbmm(spare, spare, poly, beta=a, out=gram)
+        if not k and len(segment) > 1:
+            poly.diagonal(dim1=1, dim2=2).add_(a)
+        if not k:
+            factor, poly = poly, factor
     for x, y, part in zip(xs, ys, torch.split(factor, sizes), strict=True):
         left, right = (part, x) if _is_wide(x) else (x, part.mT)  # X P^T P'^T: rounded factors do not commute
-        torch.baddbmm(x, left, right, beta=beta, out=y) if beta else torch.bmm(left, right, out=y)
+        if len(segment) == 1:
+            torch.baddbmm(x, left, right, beta=segment[0][0], out=y)
+        else:
+            torch.bmm(left, right, out=y)
 
 
 def _is_wide(batch: Tensor) -> bool:
@@ -280,41 +292,40 @@ def _normalize(batch: Tensor, out: Tensor) -> None:
     torch.div(batch, norm, out=out)
 
 
-def _pairs_pay(short: int, long: int) -> bool:
-    """Whether two steps on the Gram square cost less than two on the matrix; see `newton_schulz_flops`."""
-    return short >= _SMALLEST_PAIRED and _segment_flops(short, long, 2) < 2 * _segment_flops(short, long, 1)
-
-
-def _segments(polynomials: Sequence[Triple], pairs: bool) -> list[Sequence[Triple]]:
-    """Cut the iteration where the Gram square is computed anew: after each step, or after 2, 1, 2, 1, ... steps.
+def _lengths(polynomials: Sequence[Triple], short: int, long: int) -> tuple[int, ...]:
+    """How many steps are composed on the Gram square before it is computed anew: 3, 2, 1, ... or 2, 1, ... or 1, ...
 
     What the square lost to rounding grows by a^2 in each step until then. Measured in bfloat16 on spectra from flat
-    to k^-2: three steps in a row, two pairs in a row, or pairs of squares below 64 can be less exact than the plain
-    iteration, which rounds after every product and sum; these segments have 0.5 to 0.97 of its error. (Of exactly
-    flat spectra, where the error is that of one number, on average over sizes, 0.6.)
+    to k^-2, random and low-rank matrices: these lengths have 0.5 to 0.97 of the error of the plain iteration, which
+    rounds after every product and sum. Two pairs in a row, three steps in squares below 512 or of Polar Express, or
+    squares below 64 can have more. (For exactly flat spectra, where the error is that of a single number, it is 0.6
+    on average over sizes.)
     """
-    segments, begin = [], 0
-    while begin < len(polynomials):
-        length = 2 if pairs and begin % 3 == 0 else 1
-        segments.append(polynomials[begin : begin + length])
-        begin += length
-    return segments
+    pays = short >= _SMALLEST_SQUARE and _flops(short, long, (2,)) < _flops(short, long, (1, 1))
+    growth = math.prod(a for a, _, _ in polynomials[:3])
+    three = short >= _SMALLEST_SQUARE_OF_THREE and growth <= _GROWTH_OF_THREE
+    pattern = itertools.cycle((1,) if not pays else (3, 2, 1) if three else (2, 1))
+    lengths, left = [], len(polynomials)
+    while left:
+        lengths.append(min(next(pattern), left))
+        left -= lengths[-1]
+    return tuple(lengths)
 
 
-def _segment_flops(short: int, long: int, steps: int) -> int:
-    """Of one segment: the Gram square, one product on the matrix, and 1 or 5 products of squares."""
-    return 2 * short * short * (2 * long + (1 if steps == 1 else 5) * short)
+def _flops(short: int, long: int, lengths: Sequence[int]) -> int:
+    """Each length costs the Gram square, one product on the matrix, and 4 k - 3 products of squares for k steps."""
+    return sum(2 * short * short * (2 * long + (4 * k - 3) * short) for k in lengths)
 
 
-def newton_schulz_flops(shape: tuple[int, int], ns_steps: int) -> int:
+def newton_schulz_flops(shape: tuple[int, int], ns_steps: int, ns_coefficients: Coefficients = "quintic") -> int:
     """Floating-point operations (two per multiply-add) of the iteration on one matrix (m, n).
 
-    With r = long / short and in units of 2 short^3, one step costs 2 r + 1 on the matrix, two steps 2 r + 5 by way
-    of the Gram square, which pays from r = 1.5 on: five steps cost 10 r + 5 below, and 6 r + 11 above.
+    With r = long / short and in units of 2 short^3, k steps cost 2 r + 4 k - 3 by way of the Gram square, and
+    k (2 r + 1) on the matrix: the square pays from r = 1.5 on. Five steps cost 10 r + 5 below; above 6 r + 11, and
+    4 r + 14 for the quintic from 512 on.
     """
     short, long = sorted(shape)
-    steps = _segments([(0.0, 0.0, 0.0)] * ns_steps, _pairs_pay(short, long))
-    return sum(_segment_flops(short, long, len(segment)) for segment in steps)
+    return _flops(short, long, _lengths(newton_schulz_polynomials(ns_coefficients, ns_steps), short, long))
 
 
 @cache
