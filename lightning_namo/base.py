@@ -151,7 +151,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 Matrix(
                     e.name,
                     e.layout.stored,
-                    str(_wire_dtype(e)),
+                    str(wire_dtype(e)),
                     _cost(e),
                     e.layout.region,
                     (numbers[id(e.group)], str(e.parameter.dtype), *e.layout.shape),
@@ -331,7 +331,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         """Update the momenta where ok, and give the directions N (K, ...) to orthogonalize, in their wire dtype."""
         entry, workspace = entries[parcel[0]], exchange.workspace
         momenta, buffer, grad = self._momenta(entries, grads, parcel)
-        sent = workspace.like(grad, _wire_dtype(entry))
+        sent = workspace.like(grad, wire_dtype(entry))
         with workspace.frame():
             # Where not ok M stands in for G: nothing moves, and the direction stays finite.
             grad = torch.where(ok.view(-1, *(1 for _ in momenta[0].shape)), grad, buffer, out=workspace.like(grad))
@@ -401,7 +401,7 @@ def _checksums(entries: list[Entry]) -> list[float]:
     return cast("list[float]", torch.stack([local_tensor(e.parameter).double().sum() for e in entries]).tolist())
 
 
-def _wire_dtype(entry: Entry) -> torch.dtype:
+def wire_dtype(entry: Entry) -> torch.dtype:
     """The iteration's dtype where it iterates, else the parameter's."""
     return torch.bfloat16 if entry.group["orthogonalizer"] == "newton_schulz" else entry.parameter.dtype
 

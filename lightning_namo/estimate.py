@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lightning_namo.base import Entry, OrthogonalizedOptimizer
+from lightning_namo.base import Entry, OrthogonalizedOptimizer, wire_dtype
 from lightning_namo.grouped import parameter_names
 from lightning_namo.optimizers import AdaMuon
 from lightning_namo.param_groups import clean_name
@@ -38,8 +38,8 @@ DIVIDED = {  # by tensor parallelism, over which dimension
 }
 """Globs over the names of `gpt2.parallel`, and of Llama's (divided likewise: Shoeybi et al. 2019, arXiv 1909.08053)."""
 
-WORKSPACE = {"newton_schulz": 6.4, "svd": 9.0}
-"""What `orthogonalize` takes at most, times its argument: measured on a CPU (bfloat16: 5.0 to 6.4)."""
+SVD_WORKSPACE = 9.0
+"""What the exact polar factor takes at most, times its argument, measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def estimate(
     dims = find_divided(optimizer, grid, divided)
     plan = make_plan(publish(whole, entries, grid, dims), optimizer.bucket_bytes)
     legs = [_Legs.of(plan, bucket, whole, R) for bucket in plan.buckets]
-    buffers = _peak_buffers(plan, entries, whole, legs, R)
+    buffers = _peak_buffers(plan, entries, legs, R)
     memory = _memory(optimizer, grid, dims)
     owned, flops = [0] * R, [0] * R
     for owner, matrix in zip(plan.owners, whole, strict=True):
@@ -398,39 +398,74 @@ def overlapped(ways_in: Sequence[float], working: Sequence[float], ways_back: Se
     return max(clock, returned[-1])
 
 
-def _peak_buffers(
-    plan: Plan, entries: Sequence[Entry], whole: Sequence[Matrix], legs: Sequence[_Legs], ranks: int
-) -> list[int]:
-    """By rank: what lives at most in `Exchange.map` and the loop around it: at work on a bucket, or sending it back."""
-    empty = [[0] * ranks] * 2
-    owned, own, working = ([[0] * ranks for _ in range(len(legs) + 3)] for _ in range(3))  # 2 none, buckets, 1 none
-    for k, bucket in enumerate(plan.buckets, start=2):
-        stacks: dict[int, dict[tuple[int, int], int]] = defaultdict(lambda: defaultdict(int))
-        for index in bucket:
-            owner, itemsize = plan.owners[index], _itemsize(whole[index])
-            owned[k][owner] += _bytes(whole[index])
-            own[k][owner] += plan.regions[owner][index].numel * itemsize
-            for shape in entries[index].layout.matrix_shapes:
-                stacks[owner][shape] += math.prod(shape) * itemsize
-        factor = WORKSPACE[entries[bucket[0]].group["orthogonalizer"]]
-        for owner, sizes in stacks.items():
-            before = itertools.accumulate(sizes.values(), initial=0)  # results of the shapes already done
-            working[k][owner] = max(
-                int(done + factor * size) for done, size in zip(before, sizes.values(), strict=False)
-            )
-    there = [*empty, *([s + r for s, r in zip(leg.in_sent, leg.in_received, strict=True)] for leg in legs), empty[0]]
-    sent = [*empty, *(leg.back_sent for leg in legs)]
-    back = [*empty, *(leg.back_received for leg in legs)]
+def _peak_buffers(plan: Plan, entries: Sequence[Entry], legs: Sequence[_Legs], ranks: int) -> list[int]:
+    """By rank: what lives at most in `Exchange.map` and what it calls."""
+    of_buckets = [_Scratch.of(plan, entries, bucket, ranks) for bucket in plan.buckets]
     peaks = [0] * ranks
-    for k, rank in itertools.product(range(2, len(legs) + 2), range(ranks)):
-        whole_own = own[k][rank] == owned[k][rank]  # matrices that nobody sends a part of are worked on as they lie
-        at_work = there[k][rank] + (0 if whole_own else own[k][rank]) + working[k][rank]
-        sent_back = sent[k][rank] + back[k][rank]
-        arriving = there[k + 1][rank] + own[k + 1][rank]
-        leaving = sent[k - 1][rank] + back[k - 1][rank] + owned[k - 1][rank]
-        applied = back[k - 2][rank] + owned[k - 2][rank]  # the loop's variable keeps it
-        peaks[rank] = max(peaks[rank], owned[k][rank] + max(at_work, sent_back) + arriving + leaving + applied)
+    for rank in range(ranks):
+        none = _Scratch.none()
+        scratch = [none, *(of_rank[rank] for of_rank in of_buckets), none]
+        if ranks == 1:
+            peaks[rank] = max(s.shards + max(s.elementwise, s.owned + max(s.working, s.applied)) for s in scratch)
+            continue
+        there = [0, *(leg.in_sent[rank] + leg.in_received[rank] for leg in legs), 0]
+        there = [s.owned + moving for s, moving in zip(scratch, there, strict=True)]
+        back = [0, *(leg.back_sent[rank] + leg.back_received[rank] for leg in legs), 0]
+        back = [s.own + moving for s, moving in zip(scratch, back, strict=True)]
+        for k in range(len(legs) + 1):  # bucket k is here, the one after it leaves for here, the one before goes home
+            following = scratch[k + 1]
+            left = back[k - 1] if k else 0
+            departing = following.shards + max(following.elementwise, there[k + 1])
+            at_work = there[k + 1] + scratch[k].owned + max(scratch[k].working, back[k])
+            applied = there[k + 1] + back[k] + (scratch[k - 1].applied if k else 0) - there[k]
+            peaks[rank] = max(peaks[rank], left + there[k] + max(departing, at_work, applied))
     return peaks
+
+
+@dataclass(frozen=True)
+class _Scratch:
+    """Bytes of one bucket on one rank."""
+
+    shards: int  # local directions, in the dtype that travels
+    elementwise: int  # stacked gradients and momenta, and what is made of them
+    owned: int  # whole matrices
+    own: int  # the local part of the results of those
+    working: int  # the iteration beside its argument and its results
+    applied: int  # polar factors in the dtype of the statistics, and stacked weights
+
+    @classmethod
+    def none(cls) -> _Scratch:
+        return cls(0, 0, 0, 0, 0, 0)
+
+    @classmethod
+    def of(cls, plan: Plan, entries: Sequence[Entry], bucket: Sequence[int], ranks: int) -> list[_Scratch]:
+        """By rank."""
+        shards, owned, own = ([0] * ranks for _ in range(3))
+        parcels: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
+        for index in bucket:
+            itemsize, owner = wire_dtype(entries[index]).itemsize, plan.owners[index]
+            owned[owner] += math.prod(entries[index].layout.stored) * itemsize
+            own[owner] += plan.regions[owner][index].numel * itemsize
+            for rank in range(ranks):
+                shards[rank] += plan.regions[rank][index].numel * itemsize
+            parcels[owner, entries[index].layout.stored].append(index)
+        elementwise, applied, working = ([0] * ranks for _ in range(3))
+        squares: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
+        for (owner, _), indices in parcels.items():
+            copies = (0, 0) if len(indices) == 1 else (2, 1)  # a single one is used as it lies
+            for rank in range(ranks):
+                local = sum(plan.regions[rank][i].numel * entries[i].parameter.itemsize for i in indices)
+                elementwise[rank] = max(elementwise[rank], (2 + copies[0]) * local)
+                applied[rank] = max(applied[rank], (1 + copies[1]) * local)
+            for m, n in (shape for i in indices for shape in entries[i].layout.matrix_shapes):
+                short, itemsize = min(m, n), wire_dtype(entries[indices[0]]).itemsize
+                squares[owner][short] += (m * n + 4 * short * short) * itemsize
+            if entries[indices[0]].group["orthogonalizer"] == "svd":
+                sizes = [math.prod(entries[i].layout.stored) * entries[i].parameter.itemsize for i in indices]
+                working[owner] = max(working[owner], int(SVD_WORKSPACE * sum(sizes)))
+        for owner, of_shorts in squares.items():
+            working[owner] = max(working[owner], *of_shorts.values())
+        return [cls(*sizes) for sizes in zip(shards, elementwise, owned, own, working, applied, strict=True)]
 
 
 def _memory(

@@ -236,10 +236,10 @@ def _iterate(
     results = [_take(workspace, batch.shape, dtype, device) for batch in batches]
     with workspace.frame() if workspace else nullcontext():
         others = [_take(workspace, batch.shape, dtype, device) for batch in batches]
-        squares = _take(workspace, (4, sum(sizes), short, short), dtype, device)
         xs, ys = (results, others) if len(lengths) % 2 == 0 else (others, results)
         for batch, x in zip(batches, xs, strict=True):
             _normalize(batch, out=x)
+        squares = _take(workspace, (4, sum(sizes), short, short), dtype, device)
         steps = iter(polynomials)
         for length in lengths:
             _apply(list(itertools.islice(steps, length)), xs, ys, squares, sizes)

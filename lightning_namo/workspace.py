@@ -21,7 +21,7 @@ class Workspace:
 
     def __init__(self) -> None:
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._used = self._most = 0
+        self._used = self._most = self._frames = 0
 
     @property
     def nbytes(self) -> int:
@@ -47,10 +47,12 @@ class Workspace:
     def frame(self) -> Iterator[None]:
         """Within it memory is taken; frames nest. After the outermost the arena has the size that was needed."""
         used = self._used
+        self._frames += 1
         try:
             yield
         finally:
             self._used = used
-            if used == 0 and self._most > self._arena.numel():
+            self._frames -= 1
+            if not self._frames and self._most > self._arena.numel():
                 self._arena = torch.empty(0, dtype=torch.uint8)  # before the larger one is allocated
                 self._arena = torch.empty(self._most, dtype=torch.uint8)

@@ -37,11 +37,14 @@ def peak_of_a_step(rank: int, matrices: int) -> int:
         parameter = nn.Parameter(distribute_tensor(torch.randn(SIZE, SIZE), mesh, [Shard(0)]))
         parameter.grad = distribute_tensor(torch.randn(SIZE, SIZE), mesh, [Shard(0)])
         parameters.append(parameter)
-    optimizer = NAMO(parameters)
-    optimizer.bucket_bytes = BUCKET
-    optimizer.step()
-    # gloo's threads free a buffer when they are done with it, later on a busy machine: the least of three is the step's.
-    return min(peak_bytes(optimizer.step) for _ in range(3))
+    peaks = []
+    for _ in range(3):
+        optimizer = NAMO(parameters)
+        optimizer.bucket_bytes = BUCKET
+        optimizer.sharing()  # plans
+        peaks.append(peak_bytes(optimizer.step))  # of a first step, without an arena: as on accelerators
+    # gloo's threads free a buffer when they are done with it, later on a busy machine: the least is the step's.
+    return min(peaks)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -49,4 +52,4 @@ def test_peak_memory_of_a_step_is_bounded_by_the_buckets_and_not_by_the_model(wo
     few, many = (max(run_ranks(peak_of_a_step, world_size, count)) for count in (24, 72))
     print(f"{world_size} ranks: {few / BUCKET:.1f} buckets for 24 matrices, {many / BUCKET:.1f} for 72")
     assert many <= 1.1 * few
-    assert many <= 16 * BUCKET
+    assert many <= 12 * BUCKET
