@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,9 +47,13 @@ class AdamWStep:
         flags = []
         for group, present in zip(self._groups, self._present, strict=True):
             flag = torch.zeros((), device=group["params"][0].device)
-            if grads := [grad for _, grad in present if grad.numel()]:
-                norms = torch._foreach_norm(grads, ord=float("inf"))  # that of an empty shard is not defined
-                flag = flag + sum((~norm.isfinite()).float() for norm in norms)
+            by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+            for _, grad in present:
+                if grad.numel():  # the norm of an empty shard is not defined
+                    by_dtype[grad.dtype].append(grad)
+            for grads in by_dtype.values():
+                norms = torch.stack(torch._foreach_norm(grads, ord=float("inf")))
+                flag = flag + (~norms.isfinite()).sum()
             flags.append(flag)
         return flags
 

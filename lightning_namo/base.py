@@ -49,7 +49,10 @@ class _Family:
         if len(kept) == len(self.holders):
             return self
         parcels = [members for parcel in self.parcels if (members := tuple(i for i in parcel if i in chosen))]
-        return _Family(self.group, parcels, self.dtype, self.factors[kept], self.holders[kept])
+        factors, holders = (
+            torch.stack([whole[k] for k in kept]) if kept else whole[:0] for whole in (self.factors, self.holders)
+        )
+        return _Family(self.group, parcels, self.dtype, factors, holders)
 
 
 @dataclass(eq=False)
@@ -250,8 +253,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             return zeros, zeros, torch.zeros(len(parcel), dtype=dtype, device=device)
         _, buffer, grad = self._momenta(entries, grads, parcel)
         present = torch.ones(len(parcel), dtype=dtype, device=device)
-        if not all(found):
-            present *= torch.tensor(found, device=device)
+        if not all(found):  # no list becomes a tensor: the device would wait for it
+            present = torch.stack(
+                [one if has else torch.zeros_like(one) for one, has in zip(present, found, strict=True)]
+            )
         if not counts:  # a replica's gradient enters no sum, but its own momentum
             return zeros, zeros, present * sum_of_squares(grad, dtype).isfinite()
         grad_sq = layout.sums_of_squares(grad, self.per_column, dtype, exchange.workspace)

@@ -324,7 +324,7 @@ def check_states(states: Sequence[State], held: Sequence[Held], cls: str) -> Non
 
 
 def restore_statistics(states: Sequence[State], held: Sequence[Held], state: Mapping[Tensor, State]) -> None:
-    """Put back the statistics that ``Optimizer.load_state_dict`` cast to the parameter's dtype.
+    """Put back statistics and momenta that ``Optimizer.load_state_dict`` cast to the parameter's dtype.
 
     Args:
         states: As they were given, uncast.
@@ -332,8 +332,8 @@ def restore_statistics(states: Sequence[State], held: Sequence[Held], state: Map
         state: The optimizer's, just loaded.
     """
     for saved, h in zip(states, held, strict=True):
-        for key in STATISTICS:
-            if key in saved:
+        for key in (*STATISTICS, "momentum_buffer"):
+            if key in saved and (key in STATISTICS or h.state[key].dtype != h.parameter.dtype):
                 value = saved[key].detach().clone()
                 state[h.parameter][key] = value.to(h.parameter.device, h.state[key].dtype)
 

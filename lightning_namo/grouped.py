@@ -6,7 +6,7 @@ import itertools
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ from lightning_namo.param_groups import ParameterGroups
 from lightning_namo.regions import Layout, Region, local_tensor, region_of
 
 Params: TypeAlias = Iterable[Any] | ParameterGroups
+MomentumDtype = Literal["float32", "bfloat16"]
+MOMENTUM_DTYPES: tuple[str, ...] = get_args(MomentumDtype)
 
 
 class GroupedOptimizer(Optimizer):
@@ -40,9 +42,12 @@ class GroupedOptimizer(Optimizer):
     dimensions, flattened from dimension 1, with output features as rows unless the group says ``transposed=True``,
     stacked by rows if it says ``blocks=k`` or ``blocks=[rows, ...]``. Any hyper-parameter can be set by group.
 
-    State of a matrix: ``momentum_buffer`` like the parameter; ``step``; ``skipped``, the number of steps that left it
-    alone because its gradient was not finite or came on some ranks only; and what the subclass adds. Statistics are
-    float32, or float64 for float64 parameters.
+    State of a matrix: ``momentum_buffer`` like the parameter, in ``momentum_dtype``; ``step``; ``skipped``, the number
+    of steps that left it alone because its gradient was not finite or came on some ranks only; and what the subclass
+    adds. Statistics are float32, or float64 for float64 parameters.
+
+    ``lr`` of a group, and ``weight_decay`` of one of matrices, may be tensors, so that a captured step follows a
+    schedule (the other's is read from the device by torch's AdamW).
 
     Attributes:
         adopt_state: Whether `load_state_dict` takes over what it can from another optimizer's state dict.
@@ -162,6 +167,8 @@ class GroupedOptimizer(Optimizer):
             f"one of {methods}",
             group["orthogonalizer"],
         )
+        dtype = group["momentum_dtype"]
+        check(dtype in (None, *MOMENTUM_DTYPES), name, "momentum_dtype", f"None or one of {MOMENTUM_DTYPES}", dtype)
         scale = group["shape_scale"]
         check(scale is None or scale > 0, name, "shape_scale", "> 0 or None", scale)
         newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
@@ -194,7 +201,7 @@ class GroupedOptimizer(Optimizer):
             return adamw_state(parameter)
         dtype = statistics_dtype(parameter)
         return {
-            "momentum_buffer": torch.zeros_like(parameter),
+            "momentum_buffer": torch.zeros_like(parameter, dtype=_momentum_dtype(group)),
             "step": torch.zeros((), dtype=dtype, device=parameter.device),
             "skipped": torch.zeros((), dtype=dtype, device=parameter.device),
             **self._extra_state(parameter, self._layout("a parameter", parameter, group), dtype),
@@ -213,7 +220,9 @@ class GroupedOptimizer(Optimizer):
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but by the parameters' names where there are any; statistics stay float32 (torch casts them).
+        """As torch's, but by the parameters' names where there are any, and with the dtypes of this optimizer's state.
+
+        (torch casts to the parameter's dtype: statistics stay float32, the momentum its ``momentum_dtype``.)
 
         Collective under FSDP1, and with ``adopt_state``.
 
@@ -236,9 +245,12 @@ class GroupedOptimizer(Optimizer):
             self.has_adopted = True
         if holds_fsdp1(module):
             complete(states, held)
+        kept = [{k: group[k] for k in ("momentum_dtype",) if k in group} for group in self.param_groups]
         numbers = iter(range(len(held)))
         renumbered = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
         super().load_state_dict({"state": dict(enumerate(states)), "param_groups": renumbered})
+        for group, own in zip(self.param_groups, kept, strict=True):
+            group.update(own)
         restore_statistics(states, held, self.state)
 
     def _held(self) -> list[Held]:
@@ -326,6 +338,12 @@ def parameter_names(group: dict[str, Any]) -> list[str]:
     return cast("list[str]", group.get("param_names")) or [
         f"{group['name']}[{index}]" for index in range(len(group["params"]))
     ]
+
+
+def _momentum_dtype(group: dict[str, Any]) -> torch.dtype | None:
+    """None: the parameter's. Groups of older checkpoints have no such key."""
+    name = group.get("momentum_dtype")
+    return None if name is None else cast(torch.dtype, getattr(torch, name))
 
 
 def statistics_dtype(parameter: Tensor) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_namo import rules
 from lightning_namo.base import Entry, OrthogonalizedOptimizer, Update
 from lightning_namo.exchange import Exchange, Stacks
-from lightning_namo.grouped import Params, check, statistics_dtype
+from lightning_namo.grouped import MomentumDtype, Params, check, statistics_dtype
 from lightning_namo.orthogonalize import Coefficients, Method
 from lightning_namo.regions import Layout, local_tensor, stack, unstack
 from lightning_namo.rules import Decay
@@ -105,6 +105,7 @@ class NAMO(_AdaptiveScale):
         adamw_betas: AdamW's betas.
         adamw_eps: AdamW's eps.
         adamw_weight_decay: AdamW's weight decay.
+        momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
         ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
@@ -138,6 +139,7 @@ class NAMO(_AdaptiveScale):
         adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
         adamw_eps: NonNegativeFloat = 1e-8,
         adamw_weight_decay: NonNegativeFloat = 0.0,
+        momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         matrix = {
             "lr": lr,
@@ -150,6 +152,7 @@ class NAMO(_AdaptiveScale):
             "ns_coefficients": ns_coefficients,
             "orthogonalizer": orthogonalizer,
             "shape_scale": shape_scale,
+            "momentum_dtype": momentum_dtype,
             "max_step": max_step,
             "decay": decay,
         }
@@ -193,6 +196,7 @@ class NAMOD(_AdaptiveScale):
         adamw_betas: AdamW's betas.
         adamw_eps: AdamW's eps.
         adamw_weight_decay: AdamW's weight decay.
+        momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
         ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
@@ -224,6 +228,7 @@ class NAMOD(_AdaptiveScale):
         adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
         adamw_eps: NonNegativeFloat = 1e-8,
         adamw_weight_decay: NonNegativeFloat = 0.0,
+        momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         matrix = {
             "lr": lr,
@@ -237,6 +242,7 @@ class NAMOD(_AdaptiveScale):
             "ns_coefficients": ns_coefficients,
             "orthogonalizer": orthogonalizer,
             "shape_scale": shape_scale,
+            "momentum_dtype": momentum_dtype,
             "max_step": max_step,
             "decay": decay,
         }
@@ -274,6 +280,7 @@ class Muon(OrthogonalizedOptimizer):
         adamw_betas: AdamW's betas.
         adamw_eps: AdamW's eps.
         adamw_weight_decay: AdamW's weight decay.
+        momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
         ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
@@ -299,6 +306,7 @@ class Muon(OrthogonalizedOptimizer):
         adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
         adamw_eps: NonNegativeFloat = 1e-8,
         adamw_weight_decay: NonNegativeFloat = 0.0,
+        momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         matrix = {
             "lr": lr,
@@ -309,6 +317,7 @@ class Muon(OrthogonalizedOptimizer):
             "ns_coefficients": ns_coefficients,
             "orthogonalizer": orthogonalizer,
             "shape_scale": shape_scale,
+            "momentum_dtype": momentum_dtype,
         }
         super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
 
@@ -339,6 +348,7 @@ class AdaMuon(OrthogonalizedOptimizer):
         adamw_betas: AdamW's betas.
         adamw_eps: AdamW's eps.
         adamw_weight_decay: AdamW's weight decay.
+        momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
         ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
@@ -365,6 +375,7 @@ class AdaMuon(OrthogonalizedOptimizer):
         adamw_betas: tuple[HalfOpenUnit, HalfOpenUnit] = (0.9, 0.95),
         adamw_eps: NonNegativeFloat = 1e-8,
         adamw_weight_decay: NonNegativeFloat = 0.0,
+        momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         matrix = {
             "lr": lr,
@@ -377,6 +388,7 @@ class AdaMuon(OrthogonalizedOptimizer):
             "ns_coefficients": ns_coefficients,
             "orthogonalizer": orthogonalizer,
             "shape_scale": shape_scale,
+            "momentum_dtype": momentum_dtype,
         }
         super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
 

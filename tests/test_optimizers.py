@@ -698,6 +698,90 @@ def test_a_planned_step_of_matrices_neither_reads_nor_writes_across_devices(cls)
     assert writes.count == 0
 
 
+class Dispatched(TorchDispatchMode):
+    """Counts the operations that torch dispatches: on an accelerator about as many launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+def operations_of_a_step(cls, shapes, bucket_bytes=None):
+    matrices, vectors = [parameter(*shape) for shape in shapes], [parameter(5) for _ in shapes]
+    optimizer = cls([{"params": matrices}, {"params": vectors, "orthogonalize": False}])
+    optimizer.bucket_bytes = bucket_bytes or optimizer.bucket_bytes
+    run(optimizer, 0)
+    set_gradients(optimizer, 1)
+    with Dispatched() as dispatched:
+        optimizer.step()
+    return dispatched.count
+
+
+@all_optimizers
+def test_operations_grow_with_buckets_and_not_with_matrices_of_a_shape(cls):
+    few, many = (operations_of_a_step(cls, [(8, 12)] * count) for count in (4, 64))
+    assert many == few
+    assert operations_of_a_step(cls, [(8, 12)] * 64, bucket_bytes=16 * 8 * 12 * 2) <= 4 * few
+    assert few < operations_of_a_step(cls, [(8, 12), (8, 16)] * 32) <= 2 * few
+
+
+@all_optimizers
+def test_learning_rate_and_decay_may_be_tensors_that_a_captured_step_reads_anew(cls):
+    floats, tensors = build(cls, lr=0.02, weight_decay=0.3), build(cls, lr=0.02, weight_decay=0.3)
+    for group in tensors.param_groups:
+        for key in ("lr", "weight_decay") if group["orthogonalize"] else ("lr",):
+            group[key] = torch.tensor(group[key])
+    for seed, factor in enumerate((1.0, 0.5)):
+        for theirs, ours in zip(floats.param_groups, tensors.param_groups, strict=True):
+            theirs["lr"] *= factor
+            ours["lr"].mul_(factor)
+        run(floats, seed)
+        set_gradients(tensors, seed)
+        with HostReads() as reads:
+            tensors.step()
+        assert reads.count == 0
+    for p, q in zip(parameters(tensors), parameters(floats), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+@all_optimizers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16"])
+def test_the_momentum_is_kept_in_the_dtype_that_was_asked_for(cls, dtype, momentum_dtype):
+    ours, exact = ([parameter(6, 4, dtype=of), parameter(6, 4, seed=1, dtype=of)] for of in (dtype, torch.float64))
+    optimizer, reference = cls(ours, lr=0.01, momentum_dtype=momentum_dtype), cls(exact, lr=0.01)
+    for seed in range(4):
+        run(optimizer, seed)
+        for p, q in zip(ours, exact, strict=True):
+            q.grad = p.grad.double()
+        reference.step()
+    state = optimizer.state[ours[0]]
+    assert state["momentum_buffer"].dtype == getattr(torch, momentum_dtype)
+    for p, q in zip(ours, exact, strict=True):
+        momenta = [o.state[x]["momentum_buffer"].double() for o, x in ((optimizer, p), (reference, q))]
+        tolerance = 1e-2 if momentum_dtype == "bfloat16" else 1e-6
+        assert (momenta[0] - momenta[1]).norm() <= tolerance * momenta[1].norm()
+    loaded = cls([parameter(6, 4, dtype=dtype), parameter(6, 4, dtype=dtype)], momentum_dtype=momentum_dtype)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert_same(loaded.state[loaded.param_groups[0]["params"][0]], state)
+
+
+@all_optimizers
+def test_a_checkpoint_is_loaded_into_the_momentum_dtype_of_the_optimizer(cls):
+    trained = run(build(cls), 0)
+    loaded = build(cls, momentum_dtype="bfloat16")
+    loaded.load_state_dict(copy.deepcopy(trained.state_dict()))
+    for p, q in zip(parameters(loaded), parameters(trained), strict=True):
+        if "momentum_buffer" in trained.state[q]:
+            momentum = trained.state[q]["momentum_buffer"]
+            assert_same(loaded.state[p]["momentum_buffer"], momentum.bfloat16())
+    assert {group.get("momentum_dtype", "bfloat16") for group in loaded.param_groups} == {"bfloat16"}
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -753,6 +837,7 @@ OUT_OF_RANGE = [
     ("ns_coefficients", [(1.0, 2.0, 3.0)] * 6),
     ("orthogonalizer", "qr"),
     ("shape_scale", 0.0),
+    ("momentum_dtype", "float16"),
 ]
 OUT_OF_RANGE_BY_CLASS = [(cls, key, value) for cls in OPTIMIZERS for key, value in OUT_OF_RANGE]
 OUT_OF_RANGE_BY_CLASS += [

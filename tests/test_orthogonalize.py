@@ -1,14 +1,19 @@
 """Polar factors: exact, and by Newton-Schulz against its polynomials in float64 and in plain bfloat16."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from reference import POLAR_EXPRESS, QUINTIC, newton_schulz, polar
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_namo import orthogonalize
+from lightning_namo.orthogonalize import iteration_dtype, newton_schulz_flops
 
 POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 RANGES = {"quintic": (0.68, 1.205), "polar_express": (0.86, 1.14)}  # of outputs, where inputs are >= 0.003
-# long / short = 1 ... 4
+# long / short = 1 ... 4; from 64 and 1.5 on steps go by way of the Gram square
 SHAPES = [(64, 64), (128, 128), (32, 64), (128, 64), (48, 144), (192, 48), (64, 256), (256, 64)]
 
 
@@ -55,6 +60,47 @@ def test_a_list_of_many_shapes_is_no_less_exact_than_the_plain_iteration(coeffic
     for X, Q in zip(matrices, orthogonalize(matrices, ns_coefficients=coefficients), strict=True):
         exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
         assert relative(Q, exact) <= relative(newton_schulz(X, POLYNOMIALS[coefficients]), exact)
+
+
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_of_flat_spectra_the_error_is_smaller_on_average_over_sizes(coefficients):
+    """All singular values are one number there, and the error is how that one happens to round."""
+    ours = plain = 0.0
+    for short in range(64, 160, 8):
+        X = matrix(short, 2 * short, torch.ones(short, dtype=torch.float64))
+        exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
+        ours += relative(orthogonalize(X, ns_coefficients=coefficients), exact) ** 2
+        plain += relative(newton_schulz(X, POLYNOMIALS[coefficients]), exact) ** 2
+    assert ours <= plain
+
+
+@pytest.mark.parametrize("power", [0.25, 0.5, 0.75, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(72, 216), (200, 100), (512, 1024), (1536, 512)])
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_steps_by_way_of_the_square_are_no_less_exact(coefficients, shape, power):
+    X = matrix(*shape, torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power)
+    exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
+    ours = relative(orthogonalize(X, ns_coefficients=coefficients), exact)
+    assert ours <= relative(newton_schulz(X, POLYNOMIALS[coefficients]), exact)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("shape", [(512, 768), (64, 96), (64, 97), (128, 64), (512, 1024), (1100, 520)])
+@pytest.mark.parametrize("coefficients", POLYNOMIALS)
+def test_the_flops_are_those_of_the_products(coefficients, shape, steps):
+    with FlopCounterMode(display=False) as counted:
+        Q = orthogonalize(torch.ones(shape), ns_steps=steps, ns_coefficients=coefficients)
+    assert Q.isfinite().all()
+    assert counted.get_total_flops() == newton_schulz_flops(shape, steps, coefficients)
+
+
+def test_the_gram_square_is_taken_where_it_is_cheaper():
+    direct = {shape: 10 * shape[0] ** 2 * (2 * shape[1] + shape[0]) for shape in [(64, 96), (64, 97), (32, 320)]}
+    assert newton_schulz_flops((64, 96), 5) == direct[64, 96]
+    assert newton_schulz_flops((64, 97), 5) < direct[64, 97]
+    assert newton_schulz_flops((32, 320), 5) == direct[32, 320]  # too small: no less exact
+    assert newton_schulz_flops((768, 3072), 5) == 2 * 768**3 * (4 * 4 + 14)
+    assert newton_schulz_flops((768, 3072), 5, "polar_express") == 2 * 768**3 * (6 * 4 + 11)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -124,6 +170,52 @@ def test_svd_of_a_rank_deficient_matrix_is_a_partial_isometry(shape, dtype):
 def test_svd_of_a_low_precision_matrix_is_that_of_its_values(shape, dtype):
     X = matrix(*shape).to(dtype)
     assert relative(orthogonalize(X, method="svd"), polar(X.double())) < 4 * torch.finfo(dtype).eps
+
+
+def test_squares_of_one_short_side_go_through_one_batch():
+    shapes = [(64, 128), (200, 64), (64, 300)]
+    with Products() as products:
+        orthogonalize([matrix(*shape) for shape in shapes])
+    in_squares, on_matrices = products.batches[(64, 64)], sum(products.batches[shape] != [] for shape in shapes)
+    assert set(in_squares) == {1, 3}  # each Gram square on its own, into the batch of all three
+    assert on_matrices == 3
+
+
+class Products(TorchDispatchMode):
+    """Sizes of the batches of products by the shape of the result."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = defaultdict(list)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm):
+            self.batches[tuple(out.shape[1:])].append(len(out))
+        return out
+
+
+# --- in which dtype -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": False, "amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False}, torch.float32),
+    ],
+)
+def test_a_cpu_iterates_in_bfloat16_where_it_has_the_instructions(monkeypatch, capabilities, expected):
+    """What the CPU can do is stood in for: there is one CPU here."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    iteration_dtype.cache_clear()
+    try:
+        assert iteration_dtype("cpu") is expected
+        X = matrix(64, 128)
+        assert torch.equal(orthogonalize(X), orthogonalize(X, dtype=expected))
+    finally:
+        iteration_dtype.cache_clear()
 
 
 # --- what it takes and gives ----------------------------------------------------------------------
