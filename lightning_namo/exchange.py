@@ -21,7 +21,7 @@ from lightning_namo.regions import Region
 from lightning_namo.workspace import Workspace
 
 DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
-CACHED_ELEMENTS = 2**21  # bound on a stack on CPUs, where larger ones leave the cache between operations
+CACHED_ELEMENTS = 2**20  # bound on a stack on CPUs, where larger ones leave the cache between operations
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class Exchange:
             check_replicas(published, [theirs for _, _, theirs in gathered])
         self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
         self.buckets = [self._parcels(bucket) for bucket in self.plan.buckets]
+        if not self.shared and device.type == "cpu":  # nothing travels, and what is small stays in the cache
+            self.buckets = [[parcel] for bucket in self.buckets for parcel in bucket]
         self._ways_in = [self._way_in(bucket) for bucket in self.buckets]
         self._ways_back = [self._way_back(bucket) for bucket in self.buckets]
 
@@ -182,18 +184,19 @@ class Exchange:
 
     def _parcels(self, bucket: Sequence[int]) -> list[Parcel]:
         """Group a bucket's matrices that are of one kind and lie alike on every rank."""
-        alike: dict[Any, list[int]] = defaultdict(list)
         limit = CACHED_ELEMENTS if self.device.type == "cpu" else math.inf
-        filled: dict[Any, int] = defaultdict(int)
+        alike: dict[Any, list[list[int]]] = defaultdict(lambda: [[]])
         for index in bucket:
             matrix, plan = self.matrices[index], self.plan
             by_rank = tuple(regions[index] for regions in plan.regions)
             key = plan.owners[index], matrix.kind, matrix.shape, by_rank, tuple(plan.senders[index].items())
-            alike[key, filled[key] // limit].append(index)
-            filled[key] += math.prod(matrix.shape)
+            if alike[key][-1] and (len(alike[key][-1]) + 1) * math.prod(matrix.shape) > limit:
+                alike[key].append([])
+            alike[key][-1].append(index)
         return [
             Parcel(tuple(indices), self.plan.owners[indices[0]], self.plan.senders[indices[0]])
-            for indices in alike.values()
+            for portions in alike.values()
+            for indices in portions
         ]
 
     def _chosen(self, parcels: list[Parcel], chosen: Collection[int]) -> list[Parcel]:

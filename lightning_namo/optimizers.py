@@ -404,7 +404,7 @@ class AdaMuon(OrthogonalizedOptimizer):
         return rules.adamuon_shape_factor(shape, shape_scale)
 
     def _input(self, direction: Tensor) -> Tensor:
-        return direction.sign()
+        return direction.sign_()
 
     def _finish(
         self,
@@ -418,7 +418,7 @@ class AdaMuon(OrthogonalizedOptimizer):
         for parcel, ortho in bucket:
             entry = entries[parcel[0]]
             vs = [local_tensor(self.state[entries[i].parameter]["v"]) for i in parcel]
-            v, keys = stack(vs), {key: entry.group[key] for key in ("beta2", "eps")}
+            v, keys = stack(vs, exchange.workspace), {key: entry.group[key] for key in ("beta2", "eps")}
             direction, new_v = rules.adamuon_direction(ortho.view(v.shape), v, **keys)
             v.copy_(torch.where(updates[parcel].ok.view(-1, *(1 for _ in vs[0].shape)), new_v, v))
             unstack(v, vs)

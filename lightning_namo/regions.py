@@ -127,9 +127,12 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors of one shape as one (K, ...): a view of a single one, else a copy."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+def stack(tensors: Sequence[Tensor], workspace: Workspace) -> Tensor:
+    """Tensors of one shape as one (K, ...): a view of a single one, else a copy in the workspace's frame."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first.unsqueeze(0)
+    return torch.stack(list(tensors), out=workspace.take((len(tensors), *first.shape), first.dtype, first.device))
 
 
 def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
