@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import math
 import os
 import pickle
 import pydoc
+import socket
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,9 @@ from typing import Any
 import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -150,6 +154,33 @@ def _numbers(value: Any) -> Iterator[float]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _numbers(item)
+
+
+def check_port(trainer: Trainer) -> None:
+    """Refuse a port for the processes to meet at that is taken: found out later, it leaves the others waiting.
+
+    torchrun looks for itself: its agents meet there before they start any process.
+
+    Raises:
+        ValueError: On the first process, with the port.
+    """
+    environment = trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
+    if environment is None or isinstance(environment, TorchElasticEnvironment):
+        return
+    if trainer.world_size == 1 or trainer.global_rank > 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", environment.main_port))  # without listening, which the others would take for the first one
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise ValueError(
+                f"Expected port {environment.main_port}, where the processes are to meet, to be free. Got one that "
+                "another process listens on: set MASTER_PORT to another or, on one node, leave it out; if it is an "
+                "earlier run's, wait for that to end."
+            ) from error
 
 
 def check_routing(optim: OptimizerCallback, module: LightningModule) -> None:

@@ -14,13 +14,20 @@ import yaml  # type: ignore[import-untyped]
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, auto_cli  # type: ignore[attr-defined]
 from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 import lightning_namo
 from lightning_namo import types
 from lightning_namo.callbacks import OptimizerCallback, SaveOnSigterm
-from lightning_namo.checks import check_checkpoint, check_config, check_optimizer, check_routing, check_sections
+from lightning_namo.checks import (
+    check_checkpoint,
+    check_config,
+    check_optimizer,
+    check_port,
+    check_routing,
+    check_sections,
+)
 from lightning_namo.consolidate import consolidate
 from lightning_namo.forecast import plan
 from lightning_namo.gpt2.data import TextDataModule
@@ -30,6 +37,7 @@ from lightning_namo.gpt2.model import GPT2Config
 from lightning_namo.gpt2.module import GPT2Module, follow_data
 from lightning_namo.gpt2.openwebtext import openwebtext
 from lightning_namo.gpt2.prepare import prepare
+from lightning_namo.gpt2.streaming import StreamingTextDataModule, chunks
 from lightning_namo.sweep import sweep
 
 PROGRAM = "lightning-namo"
@@ -38,6 +46,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plan": plan,
     "prepare": prepare,
     "prepare openwebtext": openwebtext,
+    "prepare chunks": chunks,
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
@@ -143,6 +152,12 @@ class NamoCLI(LightningCLI):
             parser.error(str(error))
         _follow_data(sections.model, sections.data)
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the Trainer; a port that is taken ends the command before other processes are started."""
+        trainer = super().instantiate_trainer(**kwargs)
+        check_port(trainer)
+        return trainer
+
     def before_fit(self) -> None:
         """What only constructors and the routing refuse ends the command before the run starts."""
         check_optimizer(self.config_init.fit.optim)
@@ -228,11 +243,13 @@ def _as_layers(args: Iterable[str]) -> Iterator[str]:
 
 def _follow_data(model: Namespace, data: Namespace) -> None:
     """Set a GPT-2's vocabulary and block size, where they have their defaults, to what the data need."""
-    if not (_names(model, GPT2Module) and _names(data, TextDataModule)):
+    classes = (TextDataModule, StreamingTextDataModule)
+    text = next((cls for cls in classes if _names(data, cls)), None)
+    if text is None or not _names(model, GPT2Module):
         return
     sizes = model.init_args
     config = GPT2Config(vocab_size=sizes.vocab_size, block_size=sizes.block_size)
-    config = follow_data(config, TextDataModule(**data.init_args.as_dict()))
+    config = follow_data(config, text(**data.init_args.as_dict()))
     sizes.vocab_size, sizes.block_size = config.vocab_size, config.block_size
 
 

@@ -40,8 +40,8 @@ class RunCard(pl.Callback):
         if self._written or trainer.global_step == 0:
             return
         self._written = True
+        folder = _folder(trainer)  # on all ranks, as Lightning's log_dir is a broadcast
         if trainer.is_global_zero:
-            folder = _folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run_card.md").write_text(_card(trainer), encoding="utf-8")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import gzip
+import json
 import os
 import re
 import subprocess
@@ -87,3 +89,24 @@ def test_train_computes_large_batches_from_measured_parts(tmp_path: Path) -> Non
     assert all(0 < float(row["optimizer % of it"]) < 100 for row in table[:4])
     assert [row["over AdamW %, computed"] for row in table if row["optimizer"] == "AdamW"] == ["0.00", "0.00"]
     assert re.search(r"NAMO-D at 491,520 tokens: -?[\d.]+% over AdamW, computed; goal 4%", printed)
+
+
+def test_overlap_draws_what_travels_in_traces_of_two_processes(tmp_path: Path) -> None:
+    options = "--blocks 1 --width 64 --bucket-mib 0.02 --steps 1 --figure out.png --trace traces"
+    command = [sys.executable, str(BENCHMARKS / "overlap.py"), *options.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    height, width, _ = imread(tmp_path / "out.png").shape
+    assert min(height, width) > 100
+    found = re.findall(r"(\w+): ([\d.]+) \(([\d.]+) to ([\d.]+)\) .* (\d+) buckets, (\d+) all-to-alls", done.stdout)
+    assert [layout for layout, *_ in found] == ["FSDP2", "DDP"]
+    for layout, fraction, least, most, buckets, sent in found:
+        assert 0 <= float(least) <= float(fraction) <= float(most) <= 1
+        assert int(buckets) > 1
+        assert int(sent) == int(buckets) * (2 if layout == "FSDP2" else 1)  # replicas need not send momentum
+        for rank in (0, 1):
+            trace = json.loads(
+                gzip.decompress((tmp_path / "traces" / f"{layout.lower()}-rank{rank}.json.gz").read_bytes())
+            )
+            assert sum(event["name"] == "gloo:all_to_all" for event in trace["traceEvents"]) == int(sent)

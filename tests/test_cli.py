@@ -326,6 +326,11 @@ OURS = "--optim.optimizer=NAMOD"
             "Expected token ids in nowhere/train.bin",
         ),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--data.global_batch_size=40"], "batch_size 16 x 1 data-parallel ranks. Got 16 sequences at a time"),
+        (
+            [f"--config={CONFIGS / 'strategy' / 'fsdp2_tp.yaml'}", "--trainer.accelerator=cpu", "--trainer.devices=3"],
+            "to be the number of processes (devices * num_nodes). Got 3 processes.",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -19,6 +19,7 @@ from lightning_namo.factory import make_optimizer
 from lightning_namo.gpt2.data import accumulation
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import MeshStrategy
+from lightning_namo.gpt2.streaming import StreamingTextDataModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
@@ -162,6 +163,15 @@ def test_a_recipe_is_what_the_paper_says(
     assert (cli.trainer.max_steps, cli.trainer.gradient_clip_val) == (table["steps"], 1.0)
     assert cli.trainer.precision == "bf16-mixed"
     assert callback.schedule == WarmupStableDecay(warmup=2000)
+
+
+def test_the_streaming_layer_has_the_recipes_sequences(instantiated: Callable[..., NamoCLI]) -> None:
+    cli = instantiated(*layers("gpt2_small", "data/streaming", "scale/laptop"), "--data.data_dir=s3://bucket/chunks")
+    data = cli.datamodule
+    assert type(data) is StreamingTextDataModule
+    assert data.address == "s3://bucket/chunks"
+    assert (data.block_size, data.batch_size, data.global_batch_size, data.vocab_size) == (1024, 4, 480, 50257)
+    assert (cli.model.config.block_size, cli.model.config.vocab_size) == (1024, 50304)
 
 
 def test_adamw_can_have_a_learning_rate_of_its_own(instantiated: Callable[..., NamoCLI]) -> None:

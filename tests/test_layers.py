@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gpt2.openwebtext",
         "gpt2.loaders",
         "gpt2.data",
+        "gpt2.streaming",
         "gpt2.model",
         "gpt2.parallel",
         "gpt2.module",

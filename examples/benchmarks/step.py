@@ -102,13 +102,16 @@ def run(
     args: argparse.Namespace, sides: Sequence[Side], device: torch.device, mesh: DeviceMesh | None
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]], str]:
     """Times and measures by label, and how NAMO shares the work, of sides that are in memory together."""
-    steps, sharing = {}, ""
+    steps, scratch, sharing = {}, {}, ""
     for side in sides:
         module = make_module(args, device, mesh if side.sharded else None)
         optimizers = side.make(module, mesh)
         steps[side.label] = functools.partial(step_all, optimizers)
         steps[side.label]()  # plans, buffers, compilation
         steps[side.label]()
+        scratch[side.label] = sum(
+            o._plan()[2].workspace.nbytes for o in optimizers if isinstance(o, OrthogonalizedOptimizer)
+        )  # taken at the first step and kept
         if side.label == "NAMO" and isinstance(optimizers[0], OrthogonalizedOptimizer) and mesh is not None:
             sharing = optimizers[0].sharing()
     times: dict[str, list[float]] = {label: [] for label in steps}
@@ -116,7 +119,10 @@ def run(
     for number in range(args.rounds):
         for label in labels[number % len(labels) :] + labels[: number % len(labels)]:
             times[label].append(seconds(steps[label]))
-    return times, {label: measure(step) for label, step in steps.items()}, sharing
+    measures = {label: measure(step) for label, step in steps.items()}
+    for label, of_side in measures.items():
+        of_side["peak MB"] += scratch[label] / 1e6
+    return times, measures, sharing
 
 
 def worker(rank: int, args: argparse.Namespace, port: int) -> None:

@@ -92,13 +92,25 @@ class TextDataModule(LightningDataModule):
                 self.global_batch_size, self.batch_size, replicas, self.trainer.accumulate_grad_batches
             )
         self._train_loader, self._state = None, {}
+        self._open()
+
+    def _open(self) -> None:
+        """Open what the loaders read."""
         self.train_windows = TokenWindows(self.folder / "train.bin", self.block_size)
         self.val_windows = TokenWindows(self.folder / "val.bin", self.block_size)
 
     def train_dataloader(self) -> TrainLoader:
         """Return this rank's training batches, from where a checkpoint or the last such loader left off."""
+        loader = self._make_train_loader()
+        if state := self.state_dict():
+            loader.load_state_dict(state)
+        self._train_loader = loader
+        return loader
+
+    def _make_train_loader(self) -> TrainLoader:
+        """Return a loader of this rank's training batches, with a state, at the first of them."""
         replicas, rank = data_parallel(self.trainer)
-        loader = TrainLoader(
+        return TrainLoader(
             self.train_windows,
             self.batch_size,
             seed=self.seed,
@@ -106,10 +118,6 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             num_workers=self.num_workers,
         )
-        if state := self.state_dict():
-            loader.load_state_dict(state)
-        self._train_loader = loader
-        return loader
 
     def val_dataloader(self) -> ValidationLoader:
         """Return this rank's share of the validation set."""

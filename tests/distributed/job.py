@@ -53,10 +53,11 @@ LAST = ("--ckpt_path", "last")
 
 @dataclasses.dataclass
 class Ended:
-    """A process that ended: its exit code, negative for a signal, and what it printed."""
+    """A process that ended: its exit code, negative for a signal, what it printed, whether it left others behind."""
 
     code: int
     output: str
+    leftovers: bool
 
 
 def command(strategy: str, nodes: int, devices: int, fault: str | None, options: Sequence[str]) -> list[str]:
@@ -77,7 +78,7 @@ def run_ranks(
     """A process for each rank, as a scheduler starts them; the ranks in order."""
     ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
     job = [sys.executable, *command(strategy, 1, devices, fault, options)]
-    return _finish([(job, ranks | {"LOCAL_RANK": str(rank)}) for rank in range(devices)], folder)
+    return finish([(job, ranks | {"LOCAL_RANK": str(rank)}) for rank in range(devices)], folder)
 
 
 def run_agents(
@@ -95,15 +96,17 @@ def run_agents(
     torchrun += [f"--max_restarts={restarts}"]
     # Else torchrun gives restarted ranks the store of the dead ones, whose addresses they may take (pytorch #135712).
     own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    return _finish([([*torchrun, *command(strategy, nodes, devices, fault, options)], own)] * nodes, folder)
+    return finish([([*torchrun, *command(strategy, nodes, devices, fault, options)], own)] * nodes, folder)
 
 
-def _finish(commands: list[tuple[list[str], dict[str, str]]], folder: Path, timeout: float = 120) -> list[Ended]:
-    """Run commands side by side in a folder; an AssertionError if one hangs."""
+def finish(commands: list[tuple[list[str], dict[str, str]]], folder: Path, timeout: float = 120) -> list[Ended]:
+    """Run commands, each with variables of its own, side by side in a folder; an AssertionError if one hangs."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
     outputs = [(folder / f"output-{number}.txt").open("w+") for number in range(len(commands))]
     processes = [
-        subprocess.Popen(job, cwd=folder, env=environment | own, stdout=out, stderr=subprocess.STDOUT)
+        subprocess.Popen(
+            job, cwd=folder, env=environment | own, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
         for (job, own), out in zip(commands, outputs, strict=True)
     ]
     deadline = time.monotonic() + timeout
@@ -113,12 +116,12 @@ def _finish(commands: list[tuple[list[str], dict[str, str]]], folder: Path, time
             process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             hanging = True
-    for process in processes:
-        process.terminate()  # an agent ends its ranks, which are in sessions of their own
+    # An agent ends its ranks, which are in sessions of their own.
+    leftovers = [_signal_group(process, signal.SIGTERM) for process in processes]
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
-        process.kill()
+        _signal_group(process, signal.SIGKILL)
         process.wait()
     texts = []
     for out in outputs:
@@ -126,7 +129,16 @@ def _finish(commands: list[tuple[list[str], dict[str, str]]], folder: Path, time
         texts.append(out.read())
         out.close()
     assert not hanging, "\n".join(texts)
-    return [Ended(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+    return [Ended(*each) for each in zip((process.returncode for process in processes), texts, leftovers, strict=True)]
+
+
+def _signal_group(leader: subprocess.Popen[bytes], number: signal.Signals) -> bool:
+    """Whether there was anybody to signal: the process or what it started."""
+    try:
+        os.killpg(leader.pid, number)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def succeed(ended: list[Ended]) -> None:
@@ -138,7 +150,8 @@ def losses(folder: Path, start: int = 0) -> dict[int, float]:
     """The training loss by step as the last start of the job logged it, which must begin with the step ``start``."""
     last = max(folder.glob("logs/lightning_logs/version_*"), key=lambda path: int(path.name.split("_")[1]))
     with (last / "metrics.csv").open() as file:
-        curve = {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file)}
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]  # others are of callbacks
+    curve = {int(row["step"]): float(row["train/loss"]) for row in rows}
     assert min(curve) == start
     return curve
 
@@ -185,6 +198,18 @@ class Preempted(Fault):
 
     def strike(self, module: pl.LightningModule) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Warned(Fault):
+    """SIGTERM to the batch script alone, as SLURM does; the step goes on once the signal has come here by its ways."""
+
+    def strike(self, module: pl.LightningModule) -> None:
+        received, wakeup = os.pipe()
+        os.set_blocking(wakeup, False)
+        before = signal.set_wakeup_fd(wakeup)
+        os.kill(int(os.environ["BATCH"]), signal.SIGTERM)
+        os.read(received, 1)
+        signal.set_wakeup_fd(before)
 
 
 class NotANumber(pl.Callback):

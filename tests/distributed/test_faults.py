@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_namo import OptimizerCallback
 from lightning_namo.callbacks import SaveOnSigterm
-from tests.distributed.job import AT, EVERY, LAST, STEPS, losses, run_agents, run_ranks, succeed
+from tests.distributed.job import AT, EVERY, LAST, STEPS, command, finish, losses, run_agents, run_ranks, succeed
 from tests.distributed.launch import WorkerError
 from tests.distributed.launch import run_ranks as run_workers
 
@@ -107,6 +109,17 @@ def test_another_model_on_one_rank_is_named_on_all_ranks_and_fsdp2_does_not_hang
         assert rank.code == 2, rank.output
         assert "rank 1 has" in rank.output
         assert "model.transformer.h.2." in rank.output
+
+
+def test_a_port_in_use_is_named_before_any_process_is_started(folder: Path) -> None:
+    job = [sys.executable, *command("ddp", 1, 2, None, [])]
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (ended,) = finish([(job, {"MASTER_PORT": str(port)})], folder, timeout=60)
+    assert ended.code == 2, ended.output
+    assert f"lightning-namo: error: Expected port {port}, where the processes are to meet, to be free." in ended.output
+    assert "Traceback" not in ended.output
+    assert not ended.leftovers
 
 
 class Interrupted(pl.Callback):

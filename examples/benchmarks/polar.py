@@ -1,0 +1,68 @@
+"""Calibrates the choice between steps on the matrix and steps by way of its Gram square: what each takes, by shape.
+
+    python examples/benchmarks/polar.py --short 256 768 1280 --threads 1
+
+The package chooses by FLOPs (`lightning_namo.orthogonalize.newton_schulz_flops`), which are the same on all ranks. The
+ways take turns in each round; times are the least of the rounds, per matrix. "chosen" is marked with a star.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+
+import torch
+
+from lightning_namo.orthogonalize import _flops, _iterate, _lengths, iteration_dtype, newton_schulz_polynomials
+from lightning_namo.workspace import Workspace
+
+WAYS = {"on the matrix": (1, 1, 1, 1, 1), "2 + 1 + 2": (2, 1, 2), "3 + 2": (3, 2)}
+
+
+def seconds(batch: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Of the five quintic steps, by way, per matrix."""
+    polynomials, workspace = newton_schulz_polynomials("quintic", 5), Workspace()
+    least = dict.fromkeys(WAYS, math.inf)
+    for number in range(rounds + 1):
+        for way, lengths in WAYS.items():
+            begin = time.perf_counter()
+            with workspace.frame():
+                _iterate([batch], polynomials, lengths, batch.dtype, workspace)
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
+            if number:
+                least[way] = min(least[way], (time.perf_counter() - begin) / len(batch))
+    return least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", type=int, nargs="+", default=[256, 768, 1280], help="short sides")
+    parser.add_argument(
+        "--ratios", type=float, nargs="+", default=[1, 1.25, 1.5, 2, 3, 4], help="long side : short side"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="matrices in a batch")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    dtype = iteration_dtype(device.type)
+    print(f"{device.type}, {args.threads} thread(s), {dtype}, batches of {args.batch}; ms and TFLOP/s of one matrix")
+    polynomials = newton_schulz_polynomials("quintic", 5)
+    for short in args.short:
+        for ratio in args.ratios:
+            long = round(short * ratio)
+            chosen = _lengths(polynomials, short, long)
+            cells = []
+            for way, least in seconds(
+                torch.randn(args.batch, long, short, device=device, dtype=dtype), args.rounds
+            ).items():
+                rate = _flops(short, long, WAYS[way]) / least / 1e12
+                cells.append(f"{way} {1e3 * least:7.2f} ({rate:.2f}){'*' if WAYS[way] == chosen else ' '}")
+            print(f"{long:5} x {short:<5}", "  ".join(cells))
+
+
+if __name__ == "__main__":
+    main()
