@@ -29,6 +29,7 @@ from lightning_namo.checks import (
     check_sections,
 )
 from lightning_namo.consolidate import consolidate
+from lightning_namo.exchange import leave
 from lightning_namo.forecast import plan
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.export import export
@@ -183,6 +184,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:
             NamoCLI(arguments)
+            leave()
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         complaint = _complaint(error)
         if complaint is None:

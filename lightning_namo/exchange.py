@@ -6,6 +6,7 @@ one process everything is local and the same calls communicate nothing.
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -310,6 +311,16 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def leave() -> None:
+    """Leave the default process group, if there is one, at the end of a program.
+
+    gloo aborts at random where Python ends while something still refers to it, as sharded modules do in cycles.
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def check_same(parameters: Sequence[Described]) -> None:

@@ -62,7 +62,8 @@ def assign_owners(costs: Sequence[int], world_size: int) -> tuple[int, ...]:
     """Owner rank of each matrix, so that the busiest rank has as little to do as whole matrices allow.
 
     Longest first to the least loaded rank; then MULTIFIT (Coffman, Garey and Johnson 1978): bisect the load for the
-    smallest into which the matrices fit, first-fit decreasing, to within a part in a thousand.
+    smallest into which the matrices fit, first-fit decreasing, to within a part in a thousand; last, exchange matrices
+    of the busiest rank for cheaper ones of others while that helps.
 
     Args:
         costs: Cost of each matrix.
@@ -77,6 +78,7 @@ def assign_owners(costs: Sequence[int], world_size: int) -> tuple[int, ...]:
             low = (low + high) / 2
         else:
             best, high = owners, _busiest(costs, owners)
+    _exchange(costs, best, world_size)
     return tuple(best)
 
 
@@ -101,6 +103,35 @@ def _first_fit(costs: Sequence[int], order: Sequence[int], world_size: int, capa
         owners[index] = rank
         loads[rank] += cost
     return owners
+
+
+def _exchange(costs: Sequence[int], owners: list[int], world_size: int) -> None:
+    """Change the owners of one matrix, or two, as long as that lowers the load of the busiest rank or of its equals."""
+    held: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(world_size)]  # matrices of a rank by cost
+    loads = [0] * world_size
+    for index, owner in enumerate(owners):
+        held[owner][costs[index]].append(index)
+        loads[owner] += costs[index]
+    while True:
+        busiest = max(range(world_size), key=lambda rank: loads[rank])
+        changes = (
+            (max(loads[busiest] - given + taken, loads[rank] + given - taken), rank, given, taken)
+            for rank in range(world_size)
+            if rank != busiest
+            for given in held[busiest]
+            for taken in (0, *held[rank])
+        )
+        after, rank, given, taken = min(changes, default=(loads[busiest], 0, 0, 0))
+        if after >= loads[busiest]:
+            return
+        for cost, source, target in ((given, busiest, rank), (taken, rank, busiest)):
+            if cost:
+                index = held[source][cost].pop()
+                if not held[source][cost]:
+                    del held[source][cost]
+                held[target][cost].append(index)
+                owners[index] = target
+                loads[source], loads[target] = loads[source] - cost, loads[target] + cost
 
 
 def _busiest(costs: Sequence[int], owners: Sequence[int]) -> int:

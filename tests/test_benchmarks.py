@@ -99,7 +99,9 @@ def test_overlap_draws_what_travels_in_traces_of_two_processes(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     height, width, _ = imread(tmp_path / "out.png").shape
     assert min(height, width) > 100
-    found = re.findall(r"(\w+): ([\d.]+) \(([\d.]+) to ([\d.]+)\) .* (\d+) buckets, (\d+) all-to-alls", done.stdout)
+    found = re.findall(
+        r"(\w+): ([\d.]+) of .* \(([\d.]+) to ([\d.]+) in .* (\d+) buckets, (\d+) all-to-alls", done.stdout
+    )
     assert [layout for layout, *_ in found] == ["FSDP2", "DDP"]
     for layout, fraction, least, most, buckets, sent in found:
         assert 0 <= float(least) <= float(fraction) <= float(most) <= 1
