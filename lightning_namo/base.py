@@ -342,9 +342,12 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             momenta, buffer, grad = self._momenta(entries, workspace, grads, parcel)
             # Where not ok M stands in for G: nothing moves, and the direction stays finite.
             grad = torch.where(ok.view(-1, *(1 for _ in shape)), grad, buffer, out=workspace.like(grad))
-            keys = {key: entry.group[key] for key in ("momentum", "nesterov")}
-            sent.copy_(self._input(rules.direction(grad, buffer, **keys, out=workspace.like(grad))))
             rules.update_momentum(grad, buffer, momentum=entry.group["momentum"])
+            if entry.group["nesterov"]:
+                direction = rules.look_ahead(grad, buffer, momentum=entry.group["momentum"], out=grad)
+            else:
+                direction = grad.copy_(buffer)
+            sent.copy_(self._input(direction))
             unstack(buffer, momenta)
         return sent
 

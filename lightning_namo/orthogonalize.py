@@ -286,8 +286,13 @@ def _is_wide(batch: Tensor) -> bool:
 def _normalize(batch: Tensor, out: Tensor) -> None:
     """Each matrix by its Frobenius norm, which is summed in at least float32; rounded once."""
     norm_dtype = torch.promote_types(torch.promote_types(batch.dtype, out.dtype), torch.float32)
-    norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=norm_dtype) + _NORM_EPS
-    if len(batch) == 1 and batch.device.type == "cpu":  # a divisor without dimensions: no promoted copy of the matrix
+    on_cpu = batch.device.type == "cpu"
+    if on_cpu and batch.itemsize == 2 and batch.shape[-2] >= 64:  # no float32 copy: the roundings of rows average out
+        rows = torch.linalg.vector_norm(batch, dim=-1).to(norm_dtype)
+        norm = torch.linalg.vector_norm(rows, dim=-1)[:, None, None] + _NORM_EPS
+    else:
+        norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=norm_dtype) + _NORM_EPS
+    if len(batch) == 1 and on_cpu:  # a divisor without dimensions: no promoted copy of the matrix
         batch, norm, out = batch[0], norm[0, 0, 0], out[0]
     torch.div(batch, norm, out=out)
 

@@ -53,6 +53,18 @@ def update_momentum(grad: Tensor, buffer: Tensor, *, momentum: float) -> None:
     buffer.lerp_(grad, 1 - momentum)
 
 
+def look_ahead(grad: Tensor, buffer: Tensor, *, momentum: float, out: Tensor | None = None) -> Tensor:
+    """Nesterov's direction ``N = (1 - mu) G + mu M``, from the momentum after this step; `direction` is from before.
+
+    Args:
+        grad: Gradient G, any shape.
+        buffer: The new momentum M, of the same shape and dtype.
+        momentum: Decay mu of the average, in [0, 1).
+        out: Where to write N; ``grad`` itself overwrites it.
+    """
+    return torch.lerp(grad, buffer, momentum, out=out)
+
+
 def namo_step_size(
     grad_sq: Tensor,
     direction_sq: Tensor,

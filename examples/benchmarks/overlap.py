@@ -109,8 +109,9 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
             bars = read(profiler, device)
             steps.append((fmean(gather(hidden(bars))), bars, profiler))
         steps = sorted(steps[1:], key=lambda step: step[0])  # without the first, which gets memory
-        (least, _, _), (part, bars, profiler), (most, _, _) = steps[0], steps[len(steps) // 2], steps[-1]
-        title = f"{layout}: {part:.2f} ({least:.2f} to {most:.2f}) of the all-to-alls' time lies under computation"
+        part, bars, profiler = steps[len(steps) // 2]
+        ends = f"{steps[0][0]:.2f} to {steps[-1][0]:.2f} in {len(steps)} steps"
+        title = f"{layout}: {part:.2f} of the all-to-alls' time is under computation ({ends})"
         panels[title] = bars
         if rank == 0:
             times = [bar.end - bar.begin for bar in bars if bar.row in METHODS]
@@ -130,16 +131,19 @@ def draw(panels: dict[str, list[Bar]], args: argparse.Namespace) -> None:
 
     figure = Figure(figsize=(10, 6), layout="constrained")
     for axes, (title, bars) in zip(figure.subplots(len(panels), sharex=True), panels.items(), strict=True):
-        axes.barh(list(ROWS.values()), 0)  # their order
+        axes.set_yticks(range(len(ROWS)), ROWS.values())
         for row, bucket, taken_up, begin, end in bars:
             color = f"C{int(bucket) % 7}" if bucket else "tab:gray"
-            axes.barh(ROWS[row], begin - taken_up, left=taken_up, color=color, alpha=0.25)
-            axes.barh(ROWS[row], end - begin, left=begin, color=color, edgecolor=color, linewidth=0.5)
+            y, height = list(ROWS).index(row), 0.7
+            if row in METHODS:  # two lanes, as two may be under way
+                y, height = y + (0.18 if int(bucket) % 2 else -0.18), 0.35
+            axes.barh(y, begin - taken_up, height, taken_up, color=color, alpha=0.25)
+            axes.barh(y, end - begin, height, begin, color=color, edgecolor=color, linewidth=0.5)
         axes.set_title(title, fontsize=10, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
     for bucket in sorted({bar.bucket for bars in panels.values() for bar in bars if bar.bucket}, key=int):
-        axes.barh(ROWS["work"], 0, color=f"C{int(bucket) % 7}", label=f"bucket {bucket}")
-    axes.set_xlabel("ms since the step began; pale: another rank has not taken up the collective yet")
+        axes.barh(0, 0, color=f"C{int(bucket) % 7}", label=f"bucket {bucket}")
+    axes.set_xlabel("ms since the step began; pale: waits until another rank takes up the collective too")
     figure.legend(loc="outside lower center", ncols=9, frameon=False)
     what = f"the matrices of {args.blocks} GPT-2 blocks of width {args.width}, bucket_bytes {args.bucket_mib:g} MiB"
     figure.suptitle(f"One step of NAMO on rank 0 of {args.ranks}: {what}\n{args.where}, torch.profiler", fontsize=11)
@@ -152,12 +156,14 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes, two or more")
     parser.add_argument("--blocks", type=int, default=3, help="GPT-2 blocks")
     parser.add_argument("--width", type=int, default=768, help="channels")
-    parser.add_argument("--bucket-mib", type=float, default=8, help="bucket_bytes, MiB")
+    parser.add_argument("--bucket-mib", type=float, default=5, help="bucket_bytes; 5 is one matrix of an MLP")
     parser.add_argument("--steps", type=int, default=7, help="steps to record; the one with the median is drawn")
     parser.add_argument("--where", default=f"{os.cpu_count()} CPUs", help="the machine, for the figure's title")
     parser.add_argument("--figure", type=Path, help="picture to write (.png, .svg, .pdf); needs matplotlib")
     parser.add_argument("--trace", type=Path, help="folder for the traces of all ranks")
     args = parser.parse_args(namespace=argparse.Namespace(model="block"))
+    if args.ranks < 2:
+        parser.error(f"Expected --ranks of two or more: one process sends nothing. Got {args.ranks}.")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     start = "spawn" if torch.accelerator.is_available() else "fork"  # which need not import everything again
     mp.start_processes(worker, (args, store.port), nprocs=args.ranks, start_method=start)
