@@ -35,7 +35,10 @@ class Entry:
 
 @dataclass(eq=False)
 class _Family:
-    """Parameters of one group whose statistics have one shape: their step sizes are computed together."""
+    """Parameters of one group whose statistics have one shape: their step sizes are computed together.
+
+    With several ranks all that can be, for there is one sum over the ranks; else the parcels one by one.
+    """
 
     group: dict[str, Any]
     parcels: list[tuple[int, ...]]  # indices of entries that are stacked
@@ -103,14 +106,19 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         adamw = AdamWStep(self.param_groups, self.state)
 
         families = [family for family in (family.only(chosen) for family in families) if family.parcels]
+        updates: dict[tuple[int, ...], Update] = {}
+        not_finite = adamw.not_finite_flags()
         with exchange.workspace.frame():
-            updates, not_finite = self._updates(entries, families, exchange, grads, adamw)
-            buckets = exchange.map(
-                chosen,
-                lambda indices: self._directions(entries, exchange, grads, indices, updates[indices].ok),
-                self._work(entries, exchange.workspace),
-            )
-            for bucket in buckets:
+            if exchange.shared:
+                updates, not_finite = self._updates(entries, families, exchange, grads, not_finite)
+            alone = {family.parcels[0]: family for family in families}
+
+            def directions(parcel: tuple[int, ...]) -> Tensor:
+                if not exchange.shared:  # nothing to sum: each parcel when its turn comes, while it is in the cache
+                    updates.update(self._updates(entries, [alone[parcel]], exchange, grads, [])[0])
+                return self._directions(entries, exchange, grads, parcel, updates[parcel].ok)
+
+            for bucket in exchange.map(chosen, directions, self._work(entries, exchange.workspace)):
                 with exchange.workspace.frame():
                     self._finish(entries, exchange, bucket, updates)
                 del bucket
@@ -190,9 +198,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         for parcel in (parcel.indices for bucket in exchange.buckets for parcel in bucket):
             entry = entries[parcel[0]]
             shape = entry.layout.statistic_shape(self.per_column)
-            members[id(entry.group), shape, statistics_dtype(entry.parameter)].append(parcel)
+            of_its_own = None if exchange.shared else parcel
+            members[id(entry.group), shape, statistics_dtype(entry.parameter), of_its_own].append(parcel)
         families = []
-        for (_, _, dtype), parcels in members.items():
+        for (_, _, dtype, _), parcels in members.items():
             indices = [i for parcel in parcels for i in parcel]
             first = entries[indices[0]]
             per_block = [
@@ -213,11 +222,11 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         families: Sequence[_Family],
         exchange: Exchange,
         grads: Sequence[Tensor | None],
-        adamw: AdamWStep,
+        flags: list[Tensor],
     ) -> tuple[dict[tuple[int, ...], Update], list[Tensor]]:
-        """Sum the statistics over the ranks; from them decide which matrices move, and by how much."""
+        """Sum the statistics, and flags, over the ranks; from them decide which matrices move, and by how much."""
         partials = [self._family_partials(entries, exchange, grads, family) for family in families]
-        flat = [part for parts in partials for part in parts] + adamw.not_finite_flags()
+        flat = [part for parts in partials for part in parts] + flags
         if not flat:
             return {}, []
         dtype = max((part.dtype for part in flat), key=lambda d: d.itemsize)
