@@ -21,7 +21,8 @@ class Workspace:
 
     def __init__(self) -> None:
         self._arena = torch.empty(0, dtype=torch.uint8)
-        self._used = self._most = self._frames = 0
+        self._used = self._most = 0
+        self._open: list[object] = []  # a mark for each frame
 
     @property
     def nbytes(self) -> int:
@@ -46,13 +47,14 @@ class Workspace:
     @contextmanager
     def frame(self) -> Iterator[None]:
         """Within it memory is taken; frames nest. After the outermost the arena has the size that was needed."""
-        used = self._used
-        self._frames += 1
+        mark, used = object(), self._used
+        self._open.append(mark)
         try:
             yield
         finally:
-            self._used = used
-            self._frames -= 1
-            if not self._frames and self._most > self._arena.numel():
+            if mark in self._open:  # not of a generator that is closed after an error, when the outer frame has ended
+                del self._open[self._open.index(mark) :]
+                self._used = used
+            if not self._open and self._most > self._arena.numel():
                 self._arena = torch.empty(0, dtype=torch.uint8)  # before the larger one is allocated
                 self._arena = torch.empty(self._most, dtype=torch.uint8)

@@ -74,6 +74,25 @@ def test_a_frame_ends_with_an_error_too():
         assert take(workspace, 8).data_ptr() == workspace._arena.data_ptr()
 
 
+def test_a_frame_that_an_error_left_open_frees_nothing_of_a_later_one():
+    """A generator that failed is closed when its traceback goes, which may be in the middle of the next step."""
+    workspace = grown()
+
+    def buckets():
+        with workspace.frame():
+            take(workspace, 8)
+            yield
+
+    with workspace.frame():
+        left_open = buckets()
+        next(left_open)
+    with workspace.frame():
+        first = take(workspace, 16).fill_(1.0)
+        left_open.close()
+        take(workspace, 16).fill_(2.0)
+        assert (first == 1).all()
+
+
 def test_other_devices_take_memory_as_torch_does():
     workspace = grown()
     with workspace.frame():
