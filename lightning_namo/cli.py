@@ -29,7 +29,7 @@ from lightning_namo.checks import (
     check_sections,
 )
 from lightning_namo.consolidate import consolidate
-from lightning_namo.exchange import leave
+from lightning_namo.exchange import initialized, leave
 from lightning_namo.forecast import plan
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.export import export
@@ -183,8 +183,10 @@ def main(args: Sequence[str] | None = None) -> None:
             result = auto_cli(COMMANDS[name], args=options, as_positional=False, prog=f"{PROGRAM} {name}")
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:
+            theirs = initialized()
             NamoCLI(arguments)
-            leave()
+            if not theirs:
+                leave()
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         complaint = _complaint(error)
         if complaint is None:

@@ -82,8 +82,7 @@ class Exchange:
         self.matrices = list(matrices)
         self.workspace = workspace or Workspace()
         self.device = device
-        initialized = dist.is_available() and dist.is_initialized()
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized else (0, 1)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized() else (0, 1)
         published = [self.matrices]
         if self.world_size > 1:
             gathered: list[Any] = [None] * self.world_size
@@ -307,10 +306,15 @@ def _pieces(leg: _Leg, parcels: list[Parcel], arriving: _InFlight) -> Iterator[t
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Average a tensor over the ranks, in place; the same bits on all of them."""
-    if dist.is_available() and dist.is_initialized():
+    if initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
+
+
+def initialized() -> bool:
+    """Whether there is a default process group."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def leave() -> None:
@@ -318,7 +322,7 @@ def leave() -> None:
 
     gloo aborts at random where Python ends while something still refers to it, as sharded modules do in cycles.
     """
-    if dist.is_available() and dist.is_initialized():
+    if initialized():
         gc.collect()
         dist.destroy_process_group()
 
@@ -329,7 +333,7 @@ def check_same(parameters: Sequence[Described]) -> None:
     Args:
         parameters: This rank's, each as name, full shape and dtype.
     """
-    if dist.is_available() and dist.is_initialized():
+    if initialized():
         published: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(published, list(parameters))
         check_agreement(published)

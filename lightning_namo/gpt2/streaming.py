@@ -1,5 +1,7 @@
 """Token files in object storage: cut into chunks once, and streamed from there in training, both by litdata."""
 
+from __future__ import annotations
+
 import shutil
 from functools import partial
 from pathlib import Path
