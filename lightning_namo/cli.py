@@ -156,7 +156,8 @@ class NamoCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; a port that is taken ends the command before other processes are started."""
         trainer = super().instantiate_trainer(**kwargs)
-        check_port(trainer)
+        if not initialized():  # they have met already, and hold the port
+            check_port(trainer)
         return trainer
 
     def before_fit(self) -> None:
