@@ -148,8 +148,11 @@ def orthogonalize(
     given = [matrices] if isinstance(matrices, Tensor) else list(matrices)
     for index, matrix in enumerate(given):
         if matrix.dim() not in (2, 3):
-            entry = "" if isinstance(matrices, Tensor) else f"entry {index} of "
-            raise ValueError(f"Expected {entry}matrices (m, n) or (B, m, n) but got shape {tuple(matrix.shape)}.")
+            which = "it" if isinstance(matrices, Tensor) else f"entry {index}"
+            raise ValueError(
+                f"Expected matrices (m, n) or batches (B, m, n) but {which} has shape {tuple(matrix.shape)}. Flatten "
+                "it from dimension 1 on, or leave it out."
+            )
     batches, places = _gather(given)
     if method == "svd":
         polar = [_exact_polar(batch) for batch in batches]
@@ -284,15 +287,15 @@ def _is_wide(batch: Tensor) -> bool:
 
 
 def _normalize(batch: Tensor, out: Tensor) -> None:
-    """Each matrix by its Frobenius norm, which is summed in at least float32; rounded once."""
+    """Each matrix by its Frobenius norm, summed in at least float32 (bfloat16 on a CPU: by rows, rounded)."""
     norm_dtype = torch.promote_types(torch.promote_types(batch.dtype, out.dtype), torch.float32)
     on_cpu = batch.device.type == "cpu"
-    if on_cpu and batch.itemsize == 2 and batch.shape[-2] >= 64:  # no float32 copy: the roundings of rows average out
+    if on_cpu and batch.dtype == torch.bfloat16 and batch.shape[-2] >= 64:  # no float32 copy; the roundings average out
         rows = torch.linalg.vector_norm(batch, dim=-1).to(norm_dtype)
         norm = torch.linalg.vector_norm(rows, dim=-1)[:, None, None] + _NORM_EPS
     else:
         norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=norm_dtype) + _NORM_EPS
-    if len(batch) == 1 and on_cpu:  # a divisor without dimensions: no promoted copy of the matrix
+    if len(batch) == 1 and on_cpu and out.itemsize <= batch.itemsize:  # no promoted copy: the divisor has no dimensions
         batch, norm, out = batch[0], norm[0, 0, 0], out[0]
     torch.div(batch, norm, out=out)
 

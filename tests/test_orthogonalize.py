@@ -267,6 +267,24 @@ def test_a_zero_matrix_stays_zero(method, shape):
     assert torch.equal(orthogonalize(torch.zeros(shape), **method), torch.zeros(shape))
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_large_and_small_numbers_of_16_bits_are_normalized(dtype, scale):
+    """The norm of a row of these does not fit into float16."""
+    X = (matrix(64, 96).clamp(-2, 2) * scale).to(dtype)
+    for working in (None, torch.float32):
+        assert relative(orthogonalize(X, dtype=working), orthogonalize(X.float(), dtype=working).double()) <= 4e-2
+
+
+def test_a_wider_iteration_divides_in_its_own_dtype():
+    X = matrix(8, 12).bfloat16()
+    expected = newton_schulz(X.double(), QUINTIC, torch.float64)
+    assert relative(orthogonalize(X.double(), dtype=torch.float64), expected) < 1e-10
+    Q = X.float()
+    assert relative(orthogonalize(Q, dtype=torch.float64), expected) < 1e-6
+    assert relative(orthogonalize(X, dtype=torch.float32), expected) < 4 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
 def test_a_single_row_or_column_is_normalized(shape):
     X = matrix(*shape)

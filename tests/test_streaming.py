@@ -127,8 +127,14 @@ def test_two_ranks_share_a_pass_and_resume_exactly_and_one_goes_on_for_them(buck
     ],
 )
 def test_what_cannot_be_streamed_is_refused(
-    options: list[str], message: str, bucket: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    message: str,
+    bucket: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # Lightning leaves config.yaml there
     data = ["--data=lightning_namo.gpt2.streaming.StreamingTextDataModule", f"--data.data_dir={bucket}"]
     small = ["--model.n_layer=1", "--model.n_embd=8", "--model.n_head=1", "--trainer.accelerator=cpu"]
     with pytest.raises(SystemExit):

@@ -83,7 +83,7 @@ class Tally(TorchDispatchMode):
         if "reducescatter" in name:
             return size * others / self.ranks
         if "alltoall" not in name:
-            raise NotImplementedError(f"Expected a collective whose bytes are known. Got {func}.")
+            raise ValueError(f"Expected a collective whose bytes are known. Got {func}: say here what it sends.")
         if isinstance(source, list):
             return size - tensor_bytes(source[self.rank])
         splits = args[4 if in_place else 2]
