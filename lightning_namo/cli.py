@@ -174,6 +174,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     _pass_on_plain_numbers()
+    theirs = initialized()
     try:
         # the longest, as `prepare openwebtext` is one too
         name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default=None)
@@ -184,7 +185,6 @@ def main(args: Sequence[str] | None = None) -> None:
             result = auto_cli(COMMANDS[name], args=options, as_positional=False, prog=f"{PROGRAM} {name}")
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:
-            theirs = initialized()
             NamoCLI(arguments)
             if not theirs:
                 leave()
@@ -192,7 +192,9 @@ def main(args: Sequence[str] | None = None) -> None:
         complaint = _complaint(error)
         if complaint is None:
             raise
-        print(f"{PROGRAM}: error: {complaint}", file=sys.stderr)
+        print(f"{PROGRAM}: error: {complaint}", file=sys.stderr, flush=True)
+        if not theirs:
+            leave(failed=True)
         sys.exit(2)
 
 

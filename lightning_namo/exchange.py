@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from lightning_namo.workspace import Workspace
 
 DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
 CACHED_ELEMENTS = 2**20  # bound on a stack on CPUs, where larger ones leave the cache between operations
+GLOO_LETS_GO_S = 0.2  # of what its threads hold, on a busy machine too
 
 
 @dataclass(frozen=True)
@@ -317,14 +319,20 @@ def initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def leave() -> None:
+def leave(failed: bool = False) -> None:
     """Leave the default process group, if there is one, at the end of a program.
 
-    gloo aborts at random where Python ends while something still refers to it, as sharded modules do in cycles.
+    gloo's threads let go of tensors a moment after a collective is over, and need Python for it: a thread that comes
+    late, when Python is ending, aborts the program (pytorch #179291). Sharded modules keep the group alive, so that
+    leaving it does not end its threads; they get the time instead.
+
+    Args:
+        failed: The program ends with an error. NCCL, which would wait for the other ranks, is not left then.
     """
-    if initialized():
+    if initialized() and not (failed and dist.get_backend() == dist.Backend.NCCL):
         gc.collect()
         dist.destroy_process_group()
+        time.sleep(GLOO_LETS_GO_S)
 
 
 def check_same(parameters: Sequence[Described]) -> None:
