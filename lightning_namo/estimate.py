@@ -282,7 +282,7 @@ def estimate(
     entries, _, exchange = optimizer._plan()
     whole, R = tuple(exchange.matrices), grid.ranks
     dims = find_divided(optimizer, grid, divided)
-    plan = make_plan(publish(whole, entries, grid, dims), optimizer.bucket_bytes)
+    plan = make_plan(publish(whole, entries, grid, dims), exchange.bucket_bytes)
     legs = [_Legs.of(plan, bucket, whole, R) for bucket in plan.buckets]
     buffers = _peak_buffers(plan, entries, legs, R)
     memory = _memory(optimizer, grid, dims)
@@ -415,10 +415,10 @@ def _peak_buffers(plan: Plan, entries: Sequence[Entry], legs: Sequence[_Legs], r
         for k in range(len(legs) + 1):  # bucket k is here, the one after it leaves for here, the one before goes home
             following = scratch[k + 1]
             left = back[k - 1] if k else 0
-            departing = following.shards + max(following.elementwise, there[k + 1])
-            at_work = there[k + 1] + scratch[k].owned + max(scratch[k].working, back[k])
-            applied = there[k + 1] + back[k] + (scratch[k - 1].applied if k else 0) - there[k]
-            peaks[rank] = max(peaks[rank], left + there[k] + max(departing, at_work, applied))
+            departing = there[k] + following.shards + max(following.elementwise, there[k + 1])
+            at_work = there[k + 1] + 2 * scratch[k].owned + max(scratch[k].working, back[k])
+            applied = there[k + 1] + back[k] + (scratch[k - 1].applied if k else 0)
+            peaks[rank] = max(peaks[rank], left + max(departing, at_work, applied))
     return peaks
 
 

@@ -22,7 +22,8 @@ from lightning_namo.plan import Described, Matrix, check_agreement, check_replic
 from lightning_namo.regions import Region
 from lightning_namo.workspace import Workspace
 
-DEFAULT_BUCKET_BYTES = 32 * 1024 * 1024
+BUCKET_BYTES = 32 * 2**20  # by default; small matrices fill an accelerator in stacks only
+CPU_BUCKET_BYTES = 8 * 2**20  # on CPUs, which one matrix keeps busy: less memory, and more of the way overlaps
 CACHED_ELEMENTS = 2**20  # bound on a stack on CPUs, where larger ones leave the cache between operations
 GLOO_LETS_GO_S = 0.2  # of what its threads hold, on a busy machine too
 
@@ -63,7 +64,7 @@ class Exchange:
     Args:
         matrices: This rank's view of every matrix.
         device: Where tensors live.
-        bucket_bytes: See `make_plan`; up to three buckets are in flight.
+        bucket_bytes: See `make_plan`; up to three buckets are in flight. None: 8 MiB on CPUs, else 32 MiB.
         others: Parameters that do not travel, but must be the same on all ranks too.
         checksums: Gives a checksum of this rank's weights of each matrix; called if there are other ranks.
         workspace: Where shards and results lie while a bucket is worked on.
@@ -76,7 +77,7 @@ class Exchange:
         self,
         matrices: Sequence[Matrix],
         device: torch.device,
-        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         others: Sequence[Described] = (),
         checksums: Callable[[], list[float]] = list,
         workspace: Workspace | None = None,
@@ -91,7 +92,9 @@ class Exchange:
             dist.all_gather_object(gathered, (self.matrices, others, checksums()))
             published = [theirs for theirs, _, _ in gathered]
             check_agreement([theirs for _, theirs, _ in gathered])
-        self.plan = make_plan(published, bucket_bytes)
+        default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
+        self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
+        self.plan = make_plan(published, self.bucket_bytes)
         if self.world_size > 1:
             check_replicas(published, [theirs for _, _, theirs in gathered])
         self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
@@ -159,14 +162,13 @@ class Exchange:
         returning: tuple[list[Parcel], dict[int, Tensor], _Leg, _InFlight] | None = None
         for number, parcels in enumerate(buckets):
             assert arriving is not None
-            here = arriving
-            if number + 1 < len(buckets):
-                arriving = self._depart(number + 1, buckets[number + 1], shards)
-            whole = self._assemble(parcels, self._ways_in[number], *here)
+            following = self._depart(number + 1, buckets[number + 1], shards) if number + 1 < len(buckets) else None
+            whole = self._assemble(parcels, self._ways_in[number], *arriving)
+            arriving = following  # what came is in the matrices now: its buffers are free while they are worked on
             with self.workspace.frame():
                 results = work([(parcels[place].indices, stack) for place, stack in whole.items()])
                 back = self._send_back(number, parcels, dict(zip(whole, results, strict=True)))
-            del whole, here, results
+            del whole, results
             if returning is not None:
                 yield self._deliver(*returning)
             returning = back

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -288,20 +289,44 @@ def _tiles(intervals: list[tuple[int, int]], length: int) -> bool:
 
 
 def _buckets(matrices: Sequence[Matrix], owners: tuple[int, ...], bucket_bytes: int) -> tuple[tuple[int, ...], ...]:
-    """Cut each owner's matrices, ordered by type and shape, into portions; the k-th portions make bucket k."""
+    """Cut each owner's matrices, ordered by type, cost and shape, into portions; the k-th portions make bucket k.
+
+    Ranks wait for each other at every bucket, so that the k-th portions should take all owners equally long. Each owner
+    gets the fewest portions that the bound allows for the owner with the most bytes, of about equal cost.
+    """
     buckets: list[tuple[int, ...]] = []
     for dtype in sorted({m.dtype for m in matrices}):
-        portions: dict[int, list[int]] = defaultdict(list)
-        filled: dict[int, tuple[int, int]] = {}  # owner -> (portion number, bytes in it)
         itemsize = getattr(torch, dtype.removeprefix("torch.")).itemsize
-        for index in sorted(range(len(matrices)), key=lambda i: (matrices[i].shape, i)):
-            if matrices[index].dtype != dtype:
-                continue
-            size = matrices[index].shape[0] * matrices[index].shape[1] * itemsize
-            portion, used = filled.get(owners[index], (0, 0))
-            if used and used + size > bucket_bytes:
-                portion, used = portion + 1, 0
-            portions[portion].append(index)
-            filled[owners[index]] = (portion, used + size)
-        buckets += [tuple(portions[k]) for k in sorted(portions)]
+        sizes = {i: math.prod(m.shape) * itemsize for i, m in enumerate(matrices) if m.dtype == dtype}
+        of_owner: dict[int, list[int]] = defaultdict(list)
+        for index in sorted(sizes, key=lambda i: (-matrices[i].cost, matrices[i].shape, i)):
+            of_owner[owners[index]].append(index)
+        costs = {i: matrices[i].cost for i in sizes}
+        count = max(len(_portions(indices, sizes, costs, bucket_bytes, 1)) for indices in of_owner.values())
+        cuts = [_portions(indices, sizes, costs, bucket_bytes, count) for indices in of_owner.values()]
+        for portions in itertools.zip_longest(*cuts, fillvalue=[]):
+            buckets.append(tuple(index for portion in portions for index in portion))
     return tuple(buckets)
+
+
+def _portions(
+    indices: Sequence[int], sizes: Mapping[int, int], costs: Mapping[int, int], bound: int, count: int
+) -> list[list[int]]:
+    """Cut matrices, in order, into ``count`` portions of about equal cost; into more where a size would pass the bound.
+
+    A portion ends where one more matrix would take it further from an equal share of what is left than it is.
+    """
+    portions: list[list[int]] = [[]]
+    size = cost = 0
+    left = sum(costs[index] for index in indices)
+    for index in indices:
+        share = left / max(1, count - len(portions) + 1)
+        full = size + sizes[index] > bound
+        enough = len(portions) < count and 2 * cost + costs[index] > 2 * share
+        if portions[-1] and (full or enough):
+            left -= cost
+            portions.append([])
+            size = cost = 0
+        portions[-1].append(index)
+        size, cost = size + sizes[index], cost + costs[index]
+    return portions

@@ -14,10 +14,13 @@ from lightning_namo.regions import Block, Region, Span
 GPT2 = {"small": (12, 768), "medium": (24, 1024), "large": (36, 1280)}
 
 
-def gpt2_costs(size: str) -> list[int]:
+def gpt2_shapes(size: str) -> list[tuple[int, int]]:
     layers, width = GPT2[size]
-    shapes = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
-    return [newton_schulz_flops(shape, 5) for _ in range(layers) for shape in shapes]
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)] * layers
+
+
+def gpt2_costs(size: str) -> list[int]:
+    return [newton_schulz_flops(shape, 5) for shape in gpt2_shapes(size)]
 
 
 def busiest(costs: list[int], owners: tuple[int, ...]) -> int:
@@ -101,6 +104,20 @@ def test_buckets_bound_what_a_rank_assembles_and_hold_every_matrix_once() -> Non
         for rank in range(2):
             owned = [shapes[i][0] * shapes[i][1] * 2 for i in bucket if plan.owners[i] == rank]
             assert sum(owned) <= 100 or len(owned) == 1
+
+
+@pytest.mark.parametrize("size", GPT2)
+@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16, 24, 32])
+def test_ranks_that_wait_for_each_other_at_every_bucket_lose_little(size: str, world_size: int) -> None:
+    shapes, costs = gpt2_shapes(size), gpt2_costs(size)
+    regions = [Block(0, rows, 0, cols) for rows, cols in shapes]
+    matrices = [
+        Matrix(f"w{i}", shape, "torch.bfloat16", cost, region)
+        for i, (shape, cost, region) in enumerate(zip(shapes, costs, regions, strict=True))
+    ]
+    plan = make_plan([matrices] * world_size, 32 * 2**20)
+    work = [[sum(costs[i] for i in b if plan.owners[i] == rank) for rank in range(world_size)] for b in plan.buckets]
+    assert sum(max(loads) for loads in work) <= 1.11 * busiest(costs, plan.owners)
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
     mesh, panels = init_device_mesh(device.type, (args.ranks,)), {}
     for layout in ("FSDP2", "DDP"):
         optimizer = build_optimizer(make_module(args, device, mesh if layout == "FSDP2" else None), NAMO)
-        optimizer.bucket_bytes = int(args.bucket_mib * 2**20)
+        if args.bucket_mib:
+            optimizer.bucket_bytes = int(args.bucket_mib * 2**20)
         buckets, steps = mark(optimizer), []
         for _ in range(args.steps + 1):
             dist.barrier()
@@ -145,7 +146,8 @@ def draw(panels: dict[str, list[Bar]], args: argparse.Namespace) -> None:
         axes.barh(0, 0, color=f"C{int(bucket) % 7}", label=f"bucket {bucket}")
     axes.set_xlabel("ms since the step began; pale: waits until another rank takes up the collective too")
     figure.legend(loc="outside lower center", ncols=9, frameon=False)
-    what = f"the matrices of {args.blocks} GPT-2 blocks of width {args.width}, bucket_bytes {args.bucket_mib:g} MiB"
+    bound = f"{args.bucket_mib:g} MiB" if args.bucket_mib else "by default"
+    what = f"the matrices of {args.blocks} GPT-2 blocks of width {args.width}, bucket_bytes {bound}"
     figure.suptitle(f"One step of NAMO on rank 0 of {args.ranks}: {what}\n{args.where}, torch.profiler", fontsize=11)
     args.figure.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.figure, dpi=120)
@@ -156,7 +158,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2, help="processes, two or more")
     parser.add_argument("--blocks", type=int, default=3, help="GPT-2 blocks")
     parser.add_argument("--width", type=int, default=768, help="channels")
-    parser.add_argument("--bucket-mib", type=float, default=5, help="bucket_bytes; 5 is one matrix of an MLP")
+    parser.add_argument("--bucket-mib", type=float, help="bucket_bytes; by default the optimizer's")
     parser.add_argument("--steps", type=int, default=7, help="steps to record; the one with the median is drawn")
     parser.add_argument("--where", default=f"{os.cpu_count()} CPUs", help="the machine, for the figure's title")
     parser.add_argument("--figure", type=Path, help="picture to write (.png, .svg, .pdf); needs matplotlib")
