@@ -186,16 +186,15 @@ def main(args: Sequence[str] | None = None) -> None:
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:
             NamoCLI(arguments)
-            if not theirs:
-                leave()
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         complaint = _complaint(error)
         if complaint is None:
             raise
         print(f"{PROGRAM}: error: {complaint}", file=sys.stderr, flush=True)
-        if not theirs:
-            leave(failed=True)
         sys.exit(2)
+    finally:
+        if not theirs:
+            leave(failed=sys.exc_info()[0] is not None)
 
 
 def _pass_on_plain_numbers() -> None:

@@ -13,11 +13,12 @@ from torch import nn
 
 from lightning_namo.base import OrthogonalizedOptimizer
 from lightning_namo.callbacks import OptimizerCallback
-from lightning_namo.estimate import LAYOUTS, Estimate, Grid, Rank, Rates, estimate
+from lightning_namo.estimate import Estimate, Rank, Rates, estimate
 from lightning_namo.factory import build_optimizer
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module, follow_data
+from lightning_namo.grid import LAYOUTS, Grid
 from lightning_namo.types import OpenUnitInterval, PositiveFloat, PositiveInt
 
 

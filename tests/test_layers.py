@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_namo"
 # From the papers up to the command line. A module imports those to the left of it in its row and those in rows above.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "workspace", "rules", "orthogonalize", "regions", "spectra"),
-    ("plan", "exchange", "adamw", "param_groups", "checkpoint", "adoption"),
+    ("plan", "exchange", "grid", "adamw", "param_groups", "checkpoint", "adoption"),
     ("grouped", "base", "optimizers", "schedules"),
     (
         "factory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import csv
 import dataclasses
@@ -230,9 +231,10 @@ class NotANumber(pl.Callback):
 
 
 class AnotherModel(pl.Callback):
-    """One rank's network has one block more."""
+    """One rank's network has one block more; says, when Python ends, whether a process group was left standing."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        atexit.register(lambda: print("process group:", torch.distributed.is_initialized()))
         if trainer.global_rank == VICTIM:
             pl_module.config = dataclasses.replace(pl_module.config, n_layer=pl_module.config.n_layer + 1)
 
