@@ -75,7 +75,7 @@ def test_of_flat_spectra_the_error_is_smaller_on_average_over_sizes(coefficients
 
 
 @pytest.mark.parametrize("power", [0.25, 0.5, 0.75, 1.0, 2.0])
-@pytest.mark.parametrize("shape", [(72, 216), (200, 100), (1536, 512), (768, 1536)])
+@pytest.mark.parametrize("shape", [(72, 216), (200, 100), (1536, 512), (768, 1536), (900, 771)])
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
 def test_steps_by_way_of_the_square_are_no_less_exact(coefficients, shape, power):
     X = matrix(*shape, torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power)
@@ -103,7 +103,14 @@ def test_the_gram_square_is_taken_where_it_is_cheaper():
     assert newton_schulz_flops((768, 3072), 5, "polar_express") == 2 * 768**3 * (6 * 4 + 11)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def test_a_cpu_computes_five_eighths_of_symmetric_products():
+    with FlopCounterMode(display=False) as counted:
+        orthogonalize(torch.ones(768, 3072))
+    assert counted.get_total_flops() == 2 * 768**3 * (2 * 4 + 5 / 8 * (2 * 4 + 14))
+    assert newton_schulz_flops((768, 3072), 5) == 2 * 768**3 * (2 * 4 + (2 * 4 + 14))  # as accelerators do
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (771, 1200), (1200, 771), (780, 771)])
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
 def test_float64_is_the_polynomial_itself(coefficients, shape):
     X = matrix(*shape, dtype=torch.float64)
