@@ -26,8 +26,9 @@ def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
 class AdamWStep:
     """One step of all AdamW groups, in two halves: flags that all ranks must agree on, then the update.
 
-    A group with a gradient that is not finite is left alone, weights and state, by the mechanism that torch's fused
-    AdamW has for gradient scalers; parameters that it cannot fuse (complex ones) step unguarded.
+    A group with a gradient that is not finite, or has come on some ranks only, is left alone, weights and state, by the
+    mechanism that torch's fused AdamW has for gradient scalers; parameters that it cannot fuse (complex ones) step
+    unguarded.
 
     Args:
         groups: Parameter groups of the optimizer; those with ``orthogonalize=False`` are AdamW's.
@@ -57,13 +58,27 @@ class AdamWStep:
             flags.append(flag)
         return flags
 
-    def run(self, not_finite: Sequence[Tensor]) -> None:
+    def presence(self) -> list[Tensor]:
+        """For each group (2, parameters): ones where a gradient of what lies here has come, and where it has not."""
+        found = []
+        for group, present in zip(self._groups, self._present, strict=True):
+            one = torch.ones((), device=group["params"][0].device)
+            zero, have = torch.zeros_like(one), {p for p, _ in present}
+            here = [local_tensor(p).numel() > 0 for p in group["params"]]
+            came = [p in have for p in group["params"]]
+            rows = [[held and has for held, has in zip(here, came, strict=True)]]
+            rows += [[held and not has for held, has in zip(here, came, strict=True)]]
+            # no list becomes a tensor: the device would wait for it
+            found.append(torch.stack([torch.stack([one if flag else zero for flag in row]) for row in rows]))
+        return found
+
+    def run(self, left_alone: Sequence[Tensor]) -> None:
         """Update the groups.
 
         Args:
-            not_finite: The flags, summed over the ranks; a group whose flag is not zero stays as it is.
+            left_alone: For each group a number, the same on all ranks; where it is not zero the group stays as it is.
         """
-        for group, present, flag in zip(self._groups, self._present, not_finite, strict=True):
+        for group, present, flag in zip(self._groups, self._present, left_alone, strict=True):
             for fused in (True, False):
                 chosen = [(p, grad) for p, grad in present if _can_fuse(p) == fused]
                 if not chosen:
@@ -87,6 +102,15 @@ class AdamWStep:
                     eps=group["eps"],
                     maximize=False,
                 )
+
+
+def on_some_ranks_only(presence: Tensor) -> Tensor:
+    """How many parameters of a group have a gradient on some ranks and lack it on others.
+
+    Args:
+        presence: Of `AdamWStep.presence`, summed over the ranks.
+    """
+    return (presence > 0).all(dim=0).sum()
 
 
 def _can_fuse(parameter: Tensor) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_namo import rules
-from lightning_namo.adamw import AdamWStep
+from lightning_namo.adamw import AdamWStep, on_some_ranks_only
 from lightning_namo.exchange import Exchange, Stacks
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
 from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
@@ -107,10 +107,13 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
         families = [family for family in (family.only(chosen) for family in families) if family.parcels]
         updates: dict[tuple[int, ...], Update] = {}
-        not_finite = adamw.not_finite_flags()
+        left_alone = adamw.not_finite_flags()
         with exchange.workspace.frame():
             if exchange.shared:
-                updates, not_finite = self._updates(entries, families, exchange, grads, not_finite)
+                flags = left_alone + adamw.presence()
+                updates, flags = self._updates(entries, families, exchange, grads, flags)
+                not_finite, presence = flags[: len(left_alone)], flags[len(left_alone) :]
+                left_alone = [a + on_some_ranks_only(b) for a, b in zip(not_finite, presence, strict=True)]
             alone = {family.parcels[0]: family for family in families}
 
             def directions(parcel: tuple[int, ...]) -> Tensor:
@@ -122,8 +125,8 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 with exchange.workspace.frame():
                     self._finish(entries, exchange, bucket, updates)
                 del bucket
-        adamw.run(not_finite)
-        self._count_adamw(not_finite)
+        adamw.run(left_alone)
+        self._count_adamw(left_alone)
         self._warn_of_strays()
         return loss
 
@@ -153,9 +156,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 if group["orthogonalize"]
                 for name, parameter in zip(parameter_names(group), group["params"], strict=True)
             ]
-            for parameter, state in self.state.items():
+            for parameter, state in self.state.items():  # they may have been moved, or cast, since
                 for key, value in state.items():
-                    state[key] = value.to(parameter.device)
+                    dtype = parameter.dtype if key in ("exp_avg", "exp_avg_sq") else value.dtype
+                    state[key] = value.to(parameter.device, dtype)
             device = entries[0].parameter.device
             numbers = {id(group): number for number, group in enumerate(self.param_groups)}
             matrices = [

@@ -174,7 +174,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     _pass_on_plain_numbers()
-    theirs = initialized()
+    theirs, failed = initialized(), True
     try:
         # the longest, as `prepare openwebtext` is one too
         name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default=None)
@@ -186,6 +186,7 @@ def main(args: Sequence[str] | None = None) -> None:
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:
             NamoCLI(arguments)
+        failed = False
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         complaint = _complaint(error)
         if complaint is None:
@@ -194,7 +195,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(2)
     finally:
         if not theirs:
-            leave(failed=sys.exc_info()[0] is not None)
+            leave(failed)
 
 
 def _pass_on_plain_numbers() -> None:

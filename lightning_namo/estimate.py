@@ -413,9 +413,10 @@ def _memory(
 
 
 def _all_reduces(optimizer: OrthogonalizedOptimizer, entries: Sequence[Entry], buckets: int) -> tuple[int, int]:
-    """Number of all-reduces of a step, and their bytes: ``||G||^2`` and ``||N||^2`` and a flag for each parameter."""
+    """Number of all-reduces of a step, and their bytes: ``||G||^2``, ``||N||^2`` and flags of each parameter."""
     numbers = sum(2 * math.prod(entry.layout.statistic_shape(optimizer.per_column)) + 1 for entry in entries)
-    numbers += sum(1 for group in optimizer.param_groups if not group["orthogonalize"] and group["params"])
+    groups = [group["params"] for group in optimizer.param_groups if not group["orthogonalize"]]
+    numbers += sum(1 + 2 * len(params) for params in groups if params)
     itemsize = 8 if any(entry.parameter.dtype == torch.float64 for entry in entries) else 4
     if not isinstance(optimizer, AdaMuon):
         return 1, numbers * itemsize

@@ -86,17 +86,21 @@ class Exchange:
         self.workspace = workspace or Workspace()
         self.device = device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized() else (0, 1)
+        default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
+        self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
         published = [self.matrices]
         if self.world_size > 1:
             gathered: list[Any] = [None] * self.world_size
-            dist.all_gather_object(gathered, (self.matrices, others, checksums()))
-            published = [theirs for theirs, _, _ in gathered]
-            check_agreement([theirs for _, theirs, _ in gathered])
-        default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
-        self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
+            dist.all_gather_object(gathered, (self.matrices, others, checksums(), self.bucket_bytes))
+            published = [theirs for theirs, *_ in gathered]
+            check_agreement([theirs for _, theirs, *_ in gathered])
+            if len(bounds := {bound for *_, bound in gathered}) > 1:
+                raise ValueError(
+                    f"Expected the same bucket_bytes on all ranks but got {sorted(bounds)}. Set it alike on every rank."
+                )
         self.plan = make_plan(published, self.bucket_bytes)
         if self.world_size > 1:
-            check_replicas(published, [theirs for _, _, theirs in gathered])
+            check_replicas(published, [theirs for _, _, theirs, _ in gathered])
         self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
         self.buckets = [self._parcels(bucket) for bucket in self.plan.buckets]
         if not self.shared and device.type == "cpu":  # nothing travels, and what is small stays in the cache
@@ -331,7 +335,7 @@ def leave(failed: bool = False) -> None:
     Args:
         failed: The program ends with an error. NCCL, which would wait for the other ranks, is not left then.
     """
-    if initialized() and not (failed and dist.get_backend() == dist.Backend.NCCL):
+    if initialized() and not (failed and "nccl" in dist.get_backend()):  # which may be "cpu:gloo,cuda:nccl"
         gc.collect()
         dist.destroy_process_group()
         time.sleep(GLOO_LETS_GO_S)

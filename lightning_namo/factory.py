@@ -57,8 +57,14 @@ def build_optimizer(
     Raises:
         ValueError: For globs that match nothing or contradict each other, no matrix, hyper-parameters out of range.
     """
+    _check_callable("build_optimizer", cls)
     groups = split_parameters(module, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
     return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
+
+
+def _check_callable(function: str, cls: object) -> None:
+    if not callable(cls):
+        raise TypeError(f"{function}: expected an optimizer class, as NAMOD, but got {cls!r}.")
 
 
 def optimize_with(
@@ -90,6 +96,7 @@ def optimize_with(
         >>> class LitModel(pl.LightningModule):
         ...     configure_optimizers = optimize_with(NAMOD, lr=0.009, clamp=0.1)
     """
+    _check_callable("optimize_with", cls)
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
         groups = split_parameters(wrapped(self), adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
@@ -163,4 +170,15 @@ def make_optimizer(
     for group in optimizer.param_groups:
         for key in ("orthogonalize", "transposed", "blocks"):
             group.pop(key, None)
+    optimizer.register_load_state_dict_pre_hook(_refuse_ours)
     return optimizer
+
+
+def _refuse_ours(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse what torch would load, to miss its own keys in the next step."""
+    theirs = {group["algorithm"] for group in state_dict["param_groups"] if "algorithm" in group}
+    if theirs:
+        raise ValueError(
+            f"Expected a checkpoint of {type(optimizer).__name__}, but it is of {', '.join(sorted(theirs))}. Train on "
+            "with what it was trained with. Nothing was loaded."
+        )

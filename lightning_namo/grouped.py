@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -70,6 +71,7 @@ class GroupedOptimizer(Optimizer):
     _warned: bool = False
 
     def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
+        _validate_adamw(adamw_defaults)
         self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
         self._adamw_defaults = adamw_defaults
         self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
@@ -116,6 +118,10 @@ class GroupedOptimizer(Optimizer):
             **({"algorithm": type(self).__name__} if is_matrix else {}),
         }
         group = {**{key: _plain(value) for key, value in group.items()}, "params": params}
+        if "lr" not in param_group:
+            group["lr"] = group["lr"] * self._multiplier()
+        if isinstance(group.get("blocks"), tuple):
+            group["blocks"] = list(group["blocks"])  # as checkpoints have it
         if not is_matrix and "betas" in group:  # torch's AdamW name for the two
             group["momentum"], group["beta2"] = group.pop("betas")
         taken = {other["name"] for other in self.param_groups}
@@ -130,6 +136,13 @@ class GroupedOptimizer(Optimizer):
         super().add_param_group(group)
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
+
+    def _multiplier(self) -> float | Tensor:
+        """What a schedule multiplies learning rates by now."""
+        for group in self.param_groups:
+            if group.get("initial_lr"):
+                return cast("float | Tensor", group["lr"] / group["initial_lr"])
+        return 1.0
 
     def _add_routed(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Add a group of mixed parameters, split as the optimizer's were when it was built; all of it or nothing."""
@@ -156,8 +169,10 @@ class GroupedOptimizer(Optimizer):
     def _validate(self, group: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a matrix group that are out of range."""
         name = type(self).__name__
-        check(group["lr"] >= 0, name, "lr", ">= 0", group["lr"])
-        check(group["weight_decay"] >= 0, name, "weight_decay", ">= 0", group["weight_decay"])
+        _check_numbers(group, name)
+        check(0 <= group["lr"] < math.inf, name, "lr", "finite and >= 0", group["lr"])
+        decay = group["weight_decay"]
+        check(0 <= decay < math.inf, name, "weight_decay", "finite and >= 0", decay)
         check(0 <= group["momentum"] < 1, name, "momentum", "in [0, 1)", group["momentum"])
         methods = ("newton_schulz", "svd")
         check(
@@ -287,7 +302,9 @@ class GroupedOptimizer(Optimizer):
         self.__dict__.setdefault("_module", _no_module)  # torch calls this on load, too
 
     def skipped_steps(self) -> int:
-        """How often a matrix, or an AdamW group, was left alone for a gradient not finite (reads the device).
+        """How often a matrix, or an AdamW group, was left alone (reads the device).
+
+        That is where a gradient was not finite, or had come on some ranks only.
 
         Matrices count in their state, AdamW groups since the optimizer was built.
         """
@@ -296,8 +313,8 @@ class GroupedOptimizer(Optimizer):
             counts.append(self._adamw_skipped)
         return int(torch.stack([count.float() for count in counts]).sum().item())
 
-    def _count_adamw(self, not_finite: Sequence[Tensor]) -> None:
-        for flag in not_finite:
+    def _count_adamw(self, left_alone: Sequence[Tensor]) -> None:
+        for flag in left_alone:
             skipped = (flag > 0).float()
             self._adamw_skipped = skipped if self._adamw_skipped is None else self._adamw_skipped + skipped
 
@@ -351,9 +368,18 @@ def statistics_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
+def _check_numbers(group: dict[str, Any], algorithm: str) -> None:
+    for key in ("lr", "weight_decay", "momentum", "beta2", "eps"):
+        value = group.get(key, 0.0)
+        check(isinstance(value, int | float | Tensor), algorithm, key, "a number", repr(value))
+    steps = group.get("ns_steps", 1)
+    check(isinstance(steps, int), algorithm, "ns_steps", "a whole number", repr(steps))
+
+
 def _validate_adamw(group: dict[str, Any]) -> None:
-    check(group["lr"] >= 0, "AdamW", "lr", ">= 0", group["lr"])
-    check(group["weight_decay"] >= 0, "AdamW", "weight_decay", ">= 0", group["weight_decay"])
+    _check_numbers(group, "AdamW")
+    check(0 <= group["lr"] < math.inf, "AdamW", "lr", "finite and >= 0", group["lr"])
+    check(0 <= group["weight_decay"] < math.inf, "AdamW", "weight_decay", "finite and >= 0", group["weight_decay"])
     check(0 <= group["momentum"] < 1, "AdamW", "betas[0]", "in [0, 1)", group["momentum"])
     check(0 <= group["beta2"] < 1, "AdamW", "betas[1]", "in [0, 1)", group["beta2"])
     check(group["eps"] >= 0, "AdamW", "eps", ">= 0", group["eps"])

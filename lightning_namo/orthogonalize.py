@@ -78,7 +78,7 @@ def newton_schulz_polynomials(ns_coefficients: Coefficients, ns_steps: int) -> t
         rows = [given] if given and all(isinstance(x, (int, float)) for x in given) else given
         if not rows or not all(_is_triple(row) for row in rows) or len(rows) > ns_steps:
             raise ValueError(
-                f"Expected ns_coefficients to be 1 to {ns_steps} (ns_steps) triples of numbers (a, b, c) "
+                f"Expected ns_coefficients to be 1 to {ns_steps} (ns_steps) triples of finite numbers (a, b, c) "
                 f"but got {ns_coefficients!r}."
             )
         triples = tuple(cast(Triple, tuple(float(x) for x in cast(Sequence[float], row))) for row in rows)
@@ -86,7 +86,8 @@ def newton_schulz_polynomials(ns_coefficients: Coefficients, ns_steps: int) -> t
 
 
 def _is_triple(row: object) -> bool:
-    return isinstance(row, Sequence) and len(row) == 3 and all(isinstance(x, (int, float)) for x in row)
+    numbers = isinstance(row, Sequence) and len(row) == 3 and all(isinstance(x, (int, float)) for x in row)
+    return numbers and all(map(math.isfinite, cast(Sequence[float], row)))
 
 
 @overload
@@ -133,7 +134,7 @@ def orthogonalize(
         workspace: Where Newton-Schulz's results lie too: they are valid until its frame ends. None: they are new.
 
     Returns:
-        Tensors of the same shapes and dtypes as the input's; a list for a list.
+        Tensors of the same shapes and dtypes as the input's, without a gradient; a list for a list.
 
     Raises:
         ValueError: For unknown methods or coefficients, ``ns_steps`` below 1, or tensors that are no matrices.
@@ -147,7 +148,7 @@ def orthogonalize(
     if method not in ("newton_schulz", "svd"):
         raise ValueError(f"Expected method to be 'newton_schulz' or 'svd' but got {method!r}.")
     polynomials = newton_schulz_polynomials(ns_coefficients, ns_steps)
-    given = [matrices] if isinstance(matrices, Tensor) else list(matrices)
+    given = [matrix.detach() for matrix in ([matrices] if isinstance(matrices, Tensor) else matrices)]
     for index, matrix in enumerate(given):
         if matrix.dim() not in (2, 3):
             which = "it" if isinstance(matrices, Tensor) else f"entry {index}"

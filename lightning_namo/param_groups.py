@@ -127,6 +127,8 @@ def split_parameters(
         >>> groups = split_parameters(model, adamw="*.gate.weight", blocks={"*.qkv.weight": 3})
         >>> print(groups)
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"Expected a module, whose parameters are split by what they are, but got {module!r:.80}.")
     regions = find_regions(module)
     entries = _find_entries(module, regions)
     heads = {*_declared_heads(module), *_head_by_width(module)}

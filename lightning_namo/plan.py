@@ -14,6 +14,8 @@ import torch
 
 from lightning_namo.regions import Region, Span
 
+_OVERLAPPING = 3  # buckets from which on some travels while some is worked on
+
 Described: TypeAlias = tuple[str, tuple[int, ...], str]  # a parameter's name, full shape and dtype
 
 
@@ -291,8 +293,9 @@ def _tiles(intervals: list[tuple[int, int]], length: int) -> bool:
 def _buckets(matrices: Sequence[Matrix], owners: tuple[int, ...], bucket_bytes: int) -> tuple[tuple[int, ...], ...]:
     """Cut each owner's matrices, ordered by type, cost and shape, into portions; the k-th portions make bucket k.
 
-    Ranks wait for each other at every bucket, so that the k-th portions should take all owners equally long. Each owner
-    gets the fewest portions that the bound allows for the owner with the most bytes, of about equal cost.
+    Ranks wait for each other at every bucket, so that the k-th portions should take all owners equally long: they are
+    about as many as the bound asks for, and three for overlap where every owner has as many matrices, of about equal
+    cost.
     """
     buckets: list[tuple[int, ...]] = []
     for dtype in sorted({m.dtype for m in matrices}):
@@ -303,10 +306,21 @@ def _buckets(matrices: Sequence[Matrix], owners: tuple[int, ...], bucket_bytes: 
             of_owner[owners[index]].append(index)
         costs = {i: matrices[i].cost for i in sizes}
         count = max(len(_portions(indices, sizes, costs, bucket_bytes, 1)) for indices in of_owner.values())
-        cuts = [_portions(indices, sizes, costs, bucket_bytes, count) for indices in of_owner.values()]
+        if len(of_owner) > 1:
+            count = max(count, min(_OVERLAPPING, *map(len, of_owner.values())))
+        cuts = min(
+            ([_portions(ix, sizes, costs, bucket_bytes, n) for ix in of_owner.values()] for n in (count, count + 1)),
+            key=lambda cuts: _waiting(cuts, costs),
+        )
         for portions in itertools.zip_longest(*cuts, fillvalue=[]):
             buckets.append(tuple(index for portion in portions for index in portion))
     return tuple(buckets)
+
+
+def _waiting(cuts: Sequence[Sequence[Sequence[int]]], costs: Mapping[int, int]) -> int:
+    """Cost of all buckets if each takes as long as its busiest owner."""
+    buckets = itertools.zip_longest(*cuts, fillvalue=())
+    return sum(max(sum(costs[i] for i in portion) for portion in portions) for portions in buckets)
 
 
 def _portions(

@@ -84,6 +84,28 @@ def test_a_module_without_matrices_is_refused_with_the_way_out():
         build_optimizer(nn.LayerNorm(4), NAMO)
 
 
+@pytest.mark.parametrize("module", [[nn.Linear(2, 2)], nn.Linear(2, 2).parameters()])
+def test_what_is_no_module_is_refused(module):
+    with pytest.raises(TypeError, match="Expected a module"):
+        build_optimizer(module, NAMO)
+
+
+@pytest.mark.parametrize("make", [optimize_with, lambda cls: build_optimizer(nn.Linear(2, 2), cls)])
+def test_what_is_no_class_is_refused_at_once(make):
+    with pytest.raises(TypeError, match="expected an optimizer class, as NAMOD, but got 'NAMOD'"):
+        make("NAMOD")
+
+
+def test_torchs_adamw_refuses_a_checkpoint_of_ours_before_it_loads():
+    module = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    saved = build_optimizer(module, NAMOD).state_dict()
+    adamw = build_optimizer(module, torch.optim.AdamW)
+    groups = [dict(group) for group in adamw.param_groups]
+    with pytest.raises(ValueError, match="Expected a checkpoint of AdamW, but it is of NAMOD"):
+        adamw.load_state_dict(saved)
+    assert adamw.param_groups == groups
+
+
 def test_an_unknown_hyper_parameter_is_refused():
     with pytest.raises(TypeError, match="clamp"):
         build_optimizer(Net(), NAMO, clamp=0.1)

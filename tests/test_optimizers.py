@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import assert_same
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, split_parameters
+from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, WarmupStableDecay, split_parameters
 from lightning_namo.base import OrthogonalizedOptimizer
 from lightning_namo.types import NonNegativeFloat
 
@@ -454,6 +454,35 @@ def test_a_copy_keeps_the_bound_on_its_buckets(copied):
     assert copied(optimizer).bucket_bytes == 50
 
 
+@pytest.mark.parametrize("steps", [0, 3, 9])
+def test_a_group_added_during_warm_up_ends_at_the_learning_rate_of_the_others(steps):
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    module[1].requires_grad_(False)
+    optimizer = NAMO(split_parameters(module), lr=0.01, adamw_lr=0.002)
+    scheduler = WarmupStableDecay(warmup=10)(optimizer)
+    for step in range(12):
+        if step == steps:
+            optimizer.add_param_group({"params": list(module[1].requires_grad_(True).parameters())})
+        optimizer.step()
+        scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.002, 0.002, 0.01])
+
+
+def test_blocks_given_as_a_tuple_are_those_of_a_checkpoint():
+    optimizer = NAMO([{"params": [parameter(6, 4)], "blocks": (2, 4)}])
+    assert optimizer.param_groups[0]["blocks"] == [2, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_module_may_be_cast_after_the_optimizer_was_built(dtype):
+    module = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    optimizer = NAMO(split_parameters(module))
+    module.to(dtype)(torch.ones(2, 4, dtype=dtype)).square().sum().backward()
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer.step()
+    assert not any(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
 def test_a_copy_routes_new_parameters_as_the_original():
     module = Fused()
     module.up.requires_grad_(False)
@@ -824,13 +853,18 @@ def test_a_sparse_gradient_is_refused_before_anything_moves(cls, orthogonalize):
 OUT_OF_RANGE = [
     ("lr", -1e-3),
     ("lr", nan),
+    ("lr", inf),
+    ("lr", "1e-3"),
     ("weight_decay", -0.1),
+    ("weight_decay", inf),
     ("weight_decay", nan),
     ("momentum", -0.1),
     ("momentum", 1.0),
     ("momentum", nan),
     ("ns_steps", 0),
     ("ns_steps", -1),
+    ("ns_steps", 2.5),
+    ("ns_coefficients", (1.0, 2.0, nan)),
     ("ns_coefficients", "cubic"),
     ("ns_coefficients", []),
     ("ns_coefficients", (1.0, 2.0)),
@@ -864,7 +898,7 @@ def test_a_hyper_parameter_out_of_range_is_refused_by_name(cls, key, value):
 @all_optimizers
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("lr", -1.0), ("lr", nan), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)), ("eps", -1.0), ("weight_decay", -1.0)],
+    [("lr", -1.0), ("lr", nan), ("lr", inf), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)), ("eps", -1.0), ("weight_decay", -1.0)],
 )
 def test_a_hyper_parameter_of_adamw_out_of_range_is_refused(cls, key, value):
     with refused(rf"AdamW: expected {key}"):

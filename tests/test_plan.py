@@ -107,17 +107,23 @@ def test_buckets_bound_what_a_rank_assembles_and_hold_every_matrix_once() -> Non
 
 
 @pytest.mark.parametrize("size", GPT2)
-@pytest.mark.parametrize("world_size", [2, 3, 4, 8, 16, 24, 32])
-def test_ranks_that_wait_for_each_other_at_every_bucket_lose_little(size: str, world_size: int) -> None:
+@pytest.mark.parametrize("mib", [8, 32])
+def test_ranks_that_wait_for_each_other_at_every_bucket_lose_little(size: str, mib: int) -> None:
     shapes, costs = gpt2_shapes(size), gpt2_costs(size)
     regions = [Block(0, rows, 0, cols) for rows, cols in shapes]
     matrices = [
         Matrix(f"w{i}", shape, "torch.bfloat16", cost, region)
         for i, (shape, cost, region) in enumerate(zip(shapes, costs, regions, strict=True))
     ]
-    plan = make_plan([matrices] * world_size, 32 * 2**20)
-    work = [[sum(costs[i] for i in b if plan.owners[i] == rank) for rank in range(world_size)] for b in plan.buckets]
-    assert sum(max(loads) for loads in work) <= 1.11 * busiest(costs, plan.owners)
+    lost = []
+    for world_size in range(2, 65):
+        plan = make_plan([matrices] * world_size, mib * 2**20)
+        of_ranks = range(world_size)
+        work = [[sum(costs[i] for i in b if plan.owners[i] == rank) for rank in of_ranks] for b in plan.buckets]
+        lost.append(sum(max(loads) for loads in work) / busiest(costs, plan.owners))
+        assert len(plan.buckets) >= min(3, len(costs) // world_size)  # else nothing would overlap
+    assert max(lost) <= 1.18
+    assert sum(lost) / len(lost) <= 1.06
 
 
 @pytest.mark.parametrize(

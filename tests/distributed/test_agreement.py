@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -114,6 +114,41 @@ def poison_adamw(rank: int) -> tuple[bool, bool]:
 
 def test_an_adamw_gradient_not_finite_on_one_rank_stops_adamw_on_all_ranks_and_no_matrix() -> None:
     assert run_ranks(poison_adamw, 2) == [(True, False), (True, False)]
+
+
+def spoil_a_bias(rank: int, layout: str) -> tuple[Tensor, float, int, bool]:
+    """Two steps, one without the gradient of a bias on one rank: the bias, its steps, what was left out, what moved."""
+    module = LAYOUTS[layout][1](new_module(Odd, torch.float32))
+    optimizer = build_optimizer(module, NAMO, lr=0.05)
+    named = {clean(name): parameter for name, parameter in module.named_parameters()}
+    bias, weight, moved = named["tall.layer.bias"], named["tall.layer.weight"], []
+    for step in range(2):
+        module(prescribed_gradients(new_module(Odd, torch.float32), step)).backward()
+        if rank == 1 and step == 1:
+            bias.grad = None
+        before = _local(weight.detach()).clone()
+        optimizer.step()
+        optimizer.zero_grad()
+        moved.append(not torch.equal(before, _local(weight.detach())))
+    return whole(bias), optimizer.state[bias]["step"].item(), optimizer.skipped_steps(), all(moved)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2-uneven"])
+def test_an_adamw_gradient_on_one_rank_only_leaves_adamw_alone_on_all_ranks_and_is_counted(layout: str) -> None:
+    (first, *counts), (second, *others) = run_ranks(spoil_a_bias, 2, layout)
+    assert torch.equal(first, second)
+    assert counts == others == [1.0, 1, True]
+
+
+def bounded_differently(rank: int) -> None:
+    optimizer = NAMO([nn.Parameter(torch.ones(4, 4))])
+    optimizer.bucket_bytes = 1000 + rank
+    optimizer.sharing()
+
+
+def test_another_bound_on_one_rank_is_refused_on_all() -> None:
+    with pytest.raises(WorkerError, match=r"Expected the same bucket_bytes on all ranks but got \[1000, 1001\]"):
+        run_ranks(bounded_differently, 2)
 
 
 def differing_parameters(rank: int, extra: nn.Module) -> None:
