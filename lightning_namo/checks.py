@@ -19,13 +19,14 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import Namespace
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from lightning_namo.callbacks import OptimizerCallback
 from lightning_namo.factory import make_optimizer
+from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 from lightning_namo.param_groups import split_parameters
 from lightning_namo.schedules import WarmupStableDecay
@@ -122,6 +123,20 @@ def _nulls(section: Namespace) -> Iterator[str]:
             annotation = str(parameter.annotation)
             if "None" not in annotation and "Optional" not in annotation:
                 yield option
+
+
+def check_data(model: LightningModule, data: LightningDataModule) -> None:
+    """Refuse to train a module on the recipes' text where it has training data of its own.
+
+    Raises:
+        ValueError: That says how to name data.
+    """
+    if isinstance(data, TextDataModule) and is_overridden("train_dataloader", model):
+        raise ValueError(
+            f"Expected one source of training data, but {type(model).__name__} has a train_dataloader and --data is "
+            "TextDataModule, as by default. Move the loaders into a LightningDataModule and name it: "
+            "--data my_package.MyData."
+        )
 
 
 def check_optimizer(optim: OptimizerCallback) -> None:

@@ -23,6 +23,7 @@ from lightning_namo.callbacks import OptimizerCallback, SaveOnSigterm
 from lightning_namo.checks import (
     check_checkpoint,
     check_config,
+    check_data,
     check_optimizer,
     check_port,
     check_routing,
@@ -162,6 +163,7 @@ class NamoCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """What only constructors and the routing refuse ends the command before the run starts."""
+        check_data(self.model, self.datamodule)
         check_optimizer(self.config_init.fit.optim)
         check_routing(self.config_init.fit.optim, self.model)
 

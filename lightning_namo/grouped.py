@@ -288,7 +288,21 @@ class GroupedOptimizer(Optimizer):
         if holds_fsdp1(self._module()):
             fill_empty(states, held)
         check_states(states, held, cls)
+        for theirs, own in zip(saved.groups, self.param_groups, strict=True):
+            self._check_group(theirs, own)
         return saved.groups, states
+
+    def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
+        """Raise for hyper-parameters of a checkpoint that are missing or out of range."""
+        matrices = own["orthogonalize"]
+        defaults = self._matrix_defaults if matrices else self._adamw_defaults
+        optional = {"transposed", "blocks", "momentum_dtype"}  # checkpoints of FSDP2 or before have none
+        missing = sorted(defaults.keys() - optional - saved.keys())
+        try:
+            check(not missing, type(self).__name__, ", ".join(missing), "in the checkpoint", "nothing")
+            self._validate({**own, **saved}) if matrices else _validate_adamw({**own, **saved})
+        except ValueError as error:
+            raise ValueError(f"{error} That is of group {own['name']!r}. Nothing was loaded.") from None
 
     def _start_from(self, states: list[dict[str, Any]]) -> None:
         """Give matrices, in their order, whose momentum came from elsewhere, the state to go on with it."""

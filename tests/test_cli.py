@@ -219,7 +219,8 @@ def test_a_scheduler_of_torch_can_be_the_schedule(fit: Fit) -> None:
 
 
 def test_a_module_of_the_user_s_own_takes_the_model_s_place(fit: Fit) -> None:
-    trainer, model, _ = fit(f"--model={__name__}.Toy", "--model.width=6", "--optim.optimizer=NAMOD")
+    options = [f"--model={__name__}.Toy", "--model.width=6", f"--data={__name__}.NoData"]
+    trainer, model, _ = fit(*options, "--optim.optimizer=NAMOD")
     assert isinstance(model, Toy)
     assert (model.layer.in_features, model.vocab_size) == (6, 7)
     assert group_of(trainer)[0] is lightning_namo.NAMOD
@@ -357,6 +358,11 @@ def test_wrong_input_to_prepare_is_one_clear_message(
     path.write_text(content)
     arguments = ["prepare", f'--inputs=["{path}"]', "--out_dir=tokens", *options]
     assert message.format(path=path) in refused(capsys, *arguments)
+
+
+def test_loaders_of_a_module_do_not_give_way_to_the_recipes_text(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "fit", *QUIET, f"--model={__name__}.Toy", "--trainer.max_steps=1")
+    assert message.startswith("Expected one source of training data, but Toy has a train_dataloader and --data is")
 
 
 def test_a_bug_in_the_user_s_module_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:

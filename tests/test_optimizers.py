@@ -991,6 +991,23 @@ def test_a_group_to_be_routed_is_added_whole_or_not_at_all():
     assert len(optimizer.state) == 2
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda group: group.pop("beta2"), "expected beta2 to be in the checkpoint but got nothing. That is of group"),
+        (lambda group: group.update(lr=-1.0), "expected lr to be finite and >= 0 but got -1.0. That is of group"),
+        (lambda group: group.update(ns_steps=0), "Expected ns_steps to be at least 1"),
+    ],
+)
+def test_a_checkpoint_with_wrong_hyper_parameters_is_refused_and_nothing_is_loaded(change, message):
+    saved, optimizer = copy.deepcopy(run(build(NAMO), 0).state_dict()), build(NAMO)
+    before = [snapshot(optimizer, p) for p in parameters(optimizer)]
+    change(saved["param_groups"][0])
+    with refused(message):
+        optimizer.load_state_dict(saved)
+    assert_same([snapshot(optimizer, p) for p in parameters(optimizer)], before)
+
+
 @pytest.mark.parametrize("other", [NAMO, Muon, AdaMuon], ids=lambda cls: cls.__name__)
 def test_the_state_of_another_algorithm_is_refused_and_nothing_is_loaded(other):
     optimizer = run(build(NAMOD), 0)
