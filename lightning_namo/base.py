@@ -74,8 +74,9 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
     Attributes:
         bucket_bytes: Bound on the bytes of the matrices that a rank assembles at a time; a larger matrix goes alone.
-            None: 8 MiB on CPUs, 32 MiB elsewhere. A step needs up to 11 times that above parameters, gradients and
-            state (measured: 7.4 on one rank, 10.9 on two, with three buckets in flight). Set it before the first step.
+            None: 8 MiB on CPUs, 32 MiB elsewhere. A step on shards needs about 11 times that above parameters,
+            gradients and state, with three buckets in flight (measured: 7.4 on one rank, 10.9 on two; 12 on two
+            replicas, which receive what all owners computed). Set it before the first step.
     """
 
     bucket_bytes: int | None = None
