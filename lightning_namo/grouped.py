@@ -71,7 +71,7 @@ class GroupedOptimizer(Optimizer):
     _warned: bool = False
 
     def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
-        _validate_adamw(adamw_defaults)
+        _validate_adamw({key: _plain(value) for key, value in adamw_defaults.items()})
         self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
         self._adamw_defaults = adamw_defaults
         self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
@@ -294,15 +294,19 @@ class GroupedOptimizer(Optimizer):
 
     def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a checkpoint that are missing or out of range."""
-        matrices = own["orthogonalize"]
-        defaults = self._matrix_defaults if matrices else self._adamw_defaults
-        optional = {"transposed", "blocks", "momentum_dtype"}  # checkpoints of FSDP2 or before have none
+        validate, defaults = _validate_adamw, self._adamw_defaults
+        if own["orthogonalize"]:
+            validate, defaults = self._validate, self._matrix_defaults
+        optional = {"transposed", "blocks", "momentum_dtype"}  # older checkpoints lack the last
         missing = sorted(defaults.keys() - optional - saved.keys())
         try:
             check(not missing, type(self).__name__, ", ".join(missing), "in the checkpoint", "nothing")
-            self._validate({**own, **saved}) if matrices else _validate_adamw({**own, **saved})
+            validate({**own, **saved})
         except ValueError as error:
-            raise ValueError(f"{error} That is of group {own['name']!r}. Nothing was loaded.") from None
+            raise ValueError(
+                f"{error} That is of group {own['name']!r}. Take another checkpoint, or pass adopt_state=True to take "
+                "over its momentum and start the rest anew. Nothing was loaded."
+            ) from None
 
     def _start_from(self, states: list[dict[str, Any]]) -> None:
         """Give matrices, in their order, whose momentum came from elsewhere, the state to go on with it."""

@@ -468,6 +468,12 @@ def test_a_group_added_during_warm_up_ends_at_the_learning_rate_of_the_others(st
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.002, 0.002, 0.01])
 
 
+@all_optimizers
+def test_learning_rates_of_numpy_are_taken(cls):
+    optimizer = cls([parameter(3, 3)], lr=numpy.float32(0.5))
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
 def test_blocks_given_as_a_tuple_are_those_of_a_checkpoint():
     optimizer = NAMO([{"params": [parameter(6, 4)], "blocks": (2, 4)}])
     assert optimizer.param_groups[0]["blocks"] == [2, 4]
