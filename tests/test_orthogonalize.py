@@ -103,6 +103,14 @@ def test_the_gram_square_is_taken_where_it_is_cheaper():
     assert newton_schulz_flops((768, 3072), 5, "polar_express") == 2 * 768**3 * (6 * 4 + 11)
 
 
+@pytest.mark.parametrize("method", ["newton_schulz", "svd"])
+def test_a_parameter_may_be_orthogonalized(method):
+    weight = torch.nn.Parameter(matrix(3, 5))
+    Q = orthogonalize(weight, method=method)
+    assert not Q.requires_grad
+    assert torch.equal(Q, orthogonalize(weight.detach(), method=method))
+
+
 def test_a_cpu_computes_five_eighths_of_symmetric_products():
     with FlopCounterMode(display=False) as counted:
         orthogonalize(torch.ones(768, 3072))
