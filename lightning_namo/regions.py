@@ -16,7 +16,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
+from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -157,6 +157,17 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         parameter.grad = grad = grad.redistribute(placements=parameter.placements)
     return local_tensor(grad)
+
+
+def reshard(module: nn.Module) -> None:
+    """Let a module's FSDP2 units show their sharded parameters.
+
+    After a forward pass outside training the root, at least, keeps its whole parameters registered until the next
+    backward pass: they have no gradients, and are not the optimizer's.
+    """
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def shard_counts(module: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
