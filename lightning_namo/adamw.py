@@ -33,13 +33,21 @@ class AdamWStep:
     Args:
         groups: Parameter groups of the optimizer; those with ``orthogonalize=False`` are AdamW's.
         state: The optimizer's state.
+        refused: Whether this rank cannot use its gradients, and takes part as if it had none.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]], refused: bool = False
+    ) -> None:
         self._state = state
+        self._largest: dict[Tensor, Tensor] = {}
         self._groups = [group for group in groups if not group["orthogonalize"] and group["params"]]
         self._present = [
-            [(p, g.to(p.dtype)) for p in group["params"] if (g := local_gradient("an AdamW parameter", p)) is not None]
+            [
+                (p, g.to(p.dtype))
+                for p in group["params"]
+                if not refused and (g := local_gradient("an AdamW parameter", p)) is not None
+            ]
             for group in self._groups
         ]
 
@@ -48,15 +56,20 @@ class AdamWStep:
         flags = []
         for group, present in zip(self._groups, self._present, strict=True):
             flag = torch.zeros((), device=group["params"][0].device)
-            by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-            for _, grad in present:
+            by_dtype: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+            for parameter, grad in present:
                 if grad.numel():  # the norm of an empty shard is not defined
-                    by_dtype[grad.dtype].append(grad)
-            for grads in by_dtype.values():
-                norms = torch.stack(torch._foreach_norm(grads, ord=float("inf")))
-                flag = flag + (~norms.isfinite()).sum()
+                    by_dtype[grad.dtype].append((parameter, grad))
+            for pairs in by_dtype.values():
+                norms = torch._foreach_norm([grad for _, grad in pairs], ord=float("inf"))
+                self._largest |= zip([parameter for parameter, _ in pairs], norms, strict=True)
+                flag = flag + (~torch.stack(norms).isfinite()).sum()
             flags.append(flag)
         return flags
+
+    def largest(self, parameter: Tensor) -> Tensor:
+        """The largest element, in magnitude, of a local gradient, (); zero where there is none. After the flags."""
+        return self._largest.get(parameter, torch.zeros((), device=parameter.device)).float()
 
     def presence(self) -> list[Tensor]:
         """For each group (2, parameters): ones where a gradient of what lies here has come, and where it has not."""

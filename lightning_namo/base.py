@@ -5,22 +5,49 @@ Nothing here asks which parallel strategy runs: a parameter's `Layout` says how 
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from lightning_namo import rules
 from lightning_namo.adamw import AdamWStep, on_some_ranks_only
-from lightning_namo.exchange import Exchange, Stacks
+from lightning_namo.agreement import (
+    Alarm,
+    Holding,
+    Hyper,
+    check_hyper,
+    check_order,
+    checksums,
+    fingerprint,
+    plain,
+    tolerance,
+)
+from lightning_namo.checkpoint import some
+from lightning_namo.exchange import Exchange, Published, Stacks
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
 from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
 from lightning_namo.plan import Matrix
-from lightning_namo.regions import Layout, local_gradient, local_tensor, stack, sum_of_squares, unstack
+from lightning_namo.regions import (
+    Layout,
+    Region,
+    local_gradient,
+    local_tensor,
+    part_of,
+    refuse_sparse,
+    stack,
+    sum_of_squares,
+    unstack,
+)
+from lightning_namo.trained_module import TrainedModule
 from lightning_namo.workspace import Workspace
+
+_numbers = itertools.count()
 
 
 @dataclass(eq=False)
@@ -45,6 +72,7 @@ class _Family:
     dtype: torch.dtype  # of the statistics
     factors: Tensor  # shape factors, broadcasting against (parameters, *statistic)
     holders: Tensor  # how many ranks hold a part of each, (parameters,)
+    tolerance: Tensor  # relative, of the difference of replicas' squared norms, (parameters,)
 
     def only(self, chosen: Collection[int]) -> _Family:
         """The family without the parameters that are not chosen."""
@@ -52,10 +80,11 @@ class _Family:
         if len(kept) == len(self.holders):
             return self
         parcels = [members for parcel in self.parcels if (members := tuple(i for i in parcel if i in chosen))]
-        factors, holders = (
-            torch.stack([whole[k] for k in kept]) if kept else whole[:0] for whole in (self.factors, self.holders)
+        numbers = (
+            torch.stack([whole[k] for k in kept]) if kept else whole[:0]
+            for whole in (self.factors, self.holders, self.tolerance)
         )
-        return _Family(self.group, parcels, self.dtype, factors, holders)
+        return _Family(self.group, parcels, self.dtype, *numbers)
 
 
 @dataclass(eq=False)
@@ -82,6 +111,17 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     bucket_bytes: int | None = None
     _planned: tuple[list[Entry], list[_Family], Exchange] | None = None
     _planned_for: Sequence[tuple[Any, ...]] = ()
+    _trained: TrainedModule | None = None
+    _alarm: Alarm | None = None
+    _hyper: Hyper  # of the step that the alarm is of
+    _watched_names: list[str]
+    _number: int
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Count the optimizers of this process, copies too."""
+        optimizer = super().__new__(cls)
+        optimizer._number = next(_numbers)
+        return optimizer
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -94,26 +134,33 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             The closure's loss, or None.
 
         Raises:
-            ValueError: If a gradient is sparse, or the ranks hold different parameters.
-            RuntimeError: If the parameters are no longer the module's (an optimizer built before FSDP2 sharding).
+            ValueError: If a gradient is sparse, or the ranks have different parameters, weights of replicas or
+                hyper-parameters.
+            RuntimeError: If the parameters are no longer the module's (an optimizer built before FSDP2 sharding, a
+                parameter replaced since), if the replicas' gradients differ, or if not all ranks take the step. On
+                accelerators what a step finds to differ is raised in the next, so that the host does not wait.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         entries, families, exchange = self._plan()
-        grads = [local_gradient(entry.name, entry.parameter) for entry in entries]
+        self._raise_what_parted(exchange, None)
+        refusal = self._refusal(exchange)
+        grads = [None if refusal else local_gradient(entry.name, entry.parameter) for entry in entries]
         chosen = {i for i, grad in enumerate(grads) if grad is not None or exchange.shared}
-        adamw = AdamWStep(self.param_groups, self.state)
+        adamw = AdamWStep(self.param_groups, self.state, refused=refusal is not None)
 
         families = [family for family in (family.only(chosen) for family in families) if family.parcels]
         updates: dict[tuple[int, ...], Update] = {}
         left_alone = adamw.not_finite_flags()
         with exchange.workspace.frame():
             if exchange.shared:
-                flags = left_alone + adamw.presence()
-                updates, flags = self._updates(entries, families, exchange, grads, flags)
-                not_finite, presence = flags[: len(left_alone)], flags[len(left_alone) :]
+                watched = self._watched(exchange, adamw, refusal)
+                flags = left_alone + adamw.presence() + watched
+                judge = functools.partial(self._judge, families, exchange, refusal, len(left_alone))
+                updates, flags = self._updates(entries, families, exchange, grads, flags, judge)
+                not_finite, presence = flags[: len(left_alone)], flags[len(left_alone) : 2 * len(left_alone)]
                 left_alone = [a + on_some_ranks_only(b) for a, b in zip(not_finite, presence, strict=True)]
             alone = {family.parcels[0]: family for family in families}
 
@@ -129,6 +176,8 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         adamw.run(left_alone)
         self._count_adamw(left_alone)
         self._warn_of_strays()
+        if refusal is not None:
+            raise refusal  # the others read of it in their next step
         return loss
 
     def sharing(self) -> str:
@@ -149,13 +198,16 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         planned_for = [
             (id(g), len(g["params"]), g.get("orthogonalizer"), g.get("shape_scale")) for g in self.param_groups
         ]
-        if self._planned is None or planned_for != self._planned_for:
-            self._check_module()
+        if self._planned is None or planned_for != self._planned_for or not self._planned[2].is_current:
+            self._planned = None
+            named = {p: name for group in self.param_groups for p, name in _named(group)}
+            module = self._module()
+            self._trained = None if module is None else TrainedModule(module, named)
             entries = [
                 Entry(name, parameter, group, self._layout(name, parameter, group))
                 for group in self.param_groups
                 if group["orthogonalize"]
-                for name, parameter in zip(parameter_names(group), group["params"], strict=True)
+                for parameter, name in _named(group)
             ]
             for parameter, state in self.state.items():  # they may have been moved, or cast, since
                 for key, value in state.items():
@@ -174,29 +226,126 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 )
                 for e in entries
             ]
-            others = [
-                (name, self._regions[p][0] if p in self._regions else tuple(p.shape), str(p.dtype))
-                for group in self.param_groups
-                if not group["orthogonalize"]
-                for name, p in zip(parameter_names(group), group["params"], strict=True)
-            ]
-            exchange = Exchange(matrices, device, self.bucket_bytes, others, lambda: _checksums(entries), Workspace())
-            self._planned = entries, self._families(entries, exchange), exchange
+            exchange = Exchange(matrices, device, self.bucket_bytes, lambda: self._published(entries), Workspace())
+            self._alarm = Alarm(device)
+            families = self._families(entries, exchange)
+            watched = [entries[i].name for family in families for parcel in family.parcels for i in parcel]
+            self._watched_names = watched + [name for _, name in self._adamw_parameters()]
+            self._planned = entries, families, exchange
             self._planned_for = planned_for
         return self._planned
 
-    def _check_module(self) -> None:
-        module = self._module()
-        theirs = None if module is None else {id(p) for p in module.parameters()}
-        for group in self.param_groups:
-            for name, parameter in zip(parameter_names(group), group["params"], strict=True):
-                if theirs is not None and id(parameter) not in theirs:
-                    raise RuntimeError(
-                        f"Expected the optimizer's parameters to be the module's, but {name} no longer is: the module "
-                        "was sharded or replaced after the optimizer was built, and training would change nothing. "
-                        "Shard first (Fabric: setup_module), then build the optimizer (build_optimizer), then "
-                        "setup_optimizers."
-                    )
+    def _published(self, entries: Sequence[Entry]) -> Published:
+        """What the other ranks must have alike."""
+        others = [pair for group in self.param_groups if not group["orthogonalize"] for pair in _named(group)]
+        described: list[tuple[Tensor, str, tuple[int, ...], Region | None]]
+        described = [(e.parameter, e.name, e.layout.shape, e.layout.region) for e in entries]
+        for parameter, name in others:
+            shape, region = self._regions.get(parameter, (tuple(parameter.shape), None))
+            described.append((parameter, name, shape, region))
+        sums = checksums([local_tensor(parameter) for parameter, *_ in described])
+        holdings = [
+            Holding(name, shape, str(parameter.dtype), part_of(parameter, region), checksum)
+            for (parameter, name, shape, region), checksum in zip(described, sums, strict=True)
+        ]
+        return Published(holdings[: len(entries)], holdings[len(entries) :], plain(self._hyper_now()), self._number)
+
+    def _hyper_now(self) -> Hyper:
+        keys = {True: sorted(self._matrix_defaults), False: sorted(self._adamw_defaults)}
+        return [(g["name"], {key: g[key] for key in keys[g["orthogonalize"]] if key in g}) for g in self.param_groups]
+
+    # ------------------------------------------------------------------ what the ranks must agree on in a step
+
+    def _refusal(self, exchange: Exchange) -> ValueError | None:
+        """Why this rank cannot use its gradients; alone it raises, else it takes part without them and raises then."""
+        missing = set()
+        try:
+            for group in self.param_groups:
+                for parameter, name in _named(group):
+                    if parameter.grad is None:
+                        missing.add(parameter)
+                    else:
+                        refuse_sparse(name, parameter.grad)
+        except ValueError as error:
+            if not exchange.shared:
+                raise
+            return error
+        if self._trained is not None:
+            self._trained.check(missing)
+        return None
+
+    def _watched(self, exchange: Exchange, adamw: AdamWStep, refusal: ValueError | None) -> list[Tensor]:
+        """Numbers whose sums over the ranks tell what parted them: see `_judge`."""
+        self._hyper = self._hyper_now()
+        columns = torch.zeros(3, exchange.world_size, device=exchange.device)  # each rank fills its own
+        own = columns.unbind(dim=1)[exchange.rank]
+        own[0].fill_(fingerprint(exchange.number, self._hyper))
+        tensors = [v for _, of_group in self._hyper for v in of_group.values() if isinstance(v, Tensor)]
+        for place, value in enumerate(tensors, start=1):
+            own[1].add_(value.to(exchange.device), alpha=place)
+        own[2].fill_(refusal is not None)
+        if not exchange.has_replicas:
+            return [columns]
+        norms = [adamw.largest(p) for p, _ in self._adamw_parameters()]
+        stacked = torch.stack(norms).double() if norms else exchange.weights_of_adamw
+        return [columns, stacked, stacked * exchange.weights_of_adamw]
+
+    def _adamw_parameters(self) -> list[tuple[Tensor, str]]:
+        return [pair for group in self.param_groups if not group["orthogonalize"] for pair in _named(group)]
+
+    def _judge(
+        self,
+        families: Sequence[_Family],
+        exchange: Exchange,
+        refusal: ValueError | None,
+        adamw_groups: int,
+        statistics: list[list[Tensor]],
+        flags: list[Tensor],
+    ) -> None:
+        """Tell from the sums of a step what parted the ranks: refusals, hyper-parameters, gradients of replicas."""
+        presence, (columns, *norms) = flags[adamw_groups : 2 * adamw_groups], flags[2 * adamw_groups :]
+        spread, largest = columns.amax(dim=1) - columns.amin(dim=1), columns.abs().amax(dim=1)
+        parted = [spread[:2] > 1e-6 * torch.stack([torch.zeros_like(largest[0]), largest[1]]), columns[2] > 0]
+        if norms:
+            for family, (grad_sq, direction_sq, present, apart) in zip(families, statistics, strict=True):
+                norm_sq = grad_sq.view(len(present), -1).sum(dim=1)
+                valid = _valid(family, grad_sq, direction_sq, present)
+                parted.append(valid & (apart.abs() > family.tolerance * norm_sq))
+            total, apart = norms
+            if presence:
+                everywhere = ~torch.cat([(found > 0).all(dim=0) for found in presence])
+                parted.append(everywhere & (apart.abs() > exchange.tolerance_of_adamw * total))
+        assert self._alarm is not None
+        self._alarm.set(torch.cat([flag.flatten().float() for flag in parted]))
+        if self._alarm.at_once:
+            self._raise_what_parted(exchange, refusal)
+
+    def _raise_what_parted(self, exchange: Exchange, refusal: ValueError | None) -> None:
+        """Raise, on all ranks, if the last sums that were judged have parted them."""
+        flags = self._alarm.read() if self._alarm is not None else []
+        if not any(flags):
+            return
+        assert self._alarm is not None
+        different, refused, apart = any(flags[:2]), flags[2:][: exchange.world_size], flags[2 + exchange.world_size :]
+        if any(refused):
+            rank, reason = refused.index(1.0), "Its own message says why."
+            if self._alarm.at_once:
+                reason = exchange.gather(str(refusal or ""), "tell what they cannot use")[rank]
+            raise refusal or RuntimeError(
+                f"Expected all ranks to have gradients, but rank {rank} refused its own. {reason}"
+            )
+        if different:
+            told = exchange.gather((exchange.number, plain(self._hyper)), "compare their hyper-parameters")
+            check_order([number == told[0][0] for number, _ in told])
+            check_hyper([hyper for _, hyper in told])
+        if any(apart):
+            names = [name for name, flag in zip(self._watched_names, apart, strict=True) if flag]
+            raise RuntimeError(
+                f"Expected the replicas of {some(names)} to have the same gradient, but their norms differ by more "
+                "than a reduction rounds: one rank's gradient would count, the others' would be lost. Average the "
+                "gradients over the ranks before the step (DistributedDataParallel and FSDP do). Local SGD, model "
+                "averaging and communication hooks that do not average are not supported."
+            )
 
     def _families(self, entries: list[Entry], exchange: Exchange) -> list[_Family]:
         members: dict[Any, list[tuple[int, ...]]] = defaultdict(list)
@@ -218,7 +367,9 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             columns = (1,) if self.per_column else ()
             counts = [exchange.holder_counts[i] for i in indices]
             holders = torch.tensor(counts, dtype=dtype, device=exchange.device)
-            families.append(_Family(first.group, parcels, dtype, factors.view(-1, *leading, *columns), holders))
+            rounding = [tolerance(exchange.replicas[i].count, str(entries[i].parameter.dtype)) for i in indices]
+            bounds = torch.tensor(rounding, dtype=torch.float64, device=exchange.device)
+            families.append(_Family(first.group, parcels, dtype, factors.view(-1, *leading, *columns), holders, bounds))
         return families
 
     def _updates(
@@ -228,8 +379,18 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         exchange: Exchange,
         grads: Sequence[Tensor | None],
         flags: list[Tensor],
+        judge: Callable[[list[list[Tensor]], list[Tensor]], None] | None = None,
     ) -> tuple[dict[tuple[int, ...], Update], list[Tensor]]:
-        """Sum the statistics, and flags, over the ranks; from them decide which matrices move, and by how much."""
+        """Sum the statistics, and flags, over the ranks; from them decide which matrices move, and by how much.
+
+        Args:
+            entries: The matrix parameters.
+            families: Those whose updates are wanted.
+            exchange: Sums.
+            grads: Local gradients of the matrix parameters.
+            flags: To be summed beside the statistics.
+            judge: Called with the sums of the statistics (of each family) and of the flags, before anything moves.
+        """
         partials = [self._family_partials(entries, exchange, grads, family) for family in families]
         flat = [part for parts in partials for part in parts] + flags
         if not flat:
@@ -237,14 +398,17 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         dtype = max((part.dtype for part in flat), key=lambda d: d.itemsize)
         sizes = [part.numel() for part in flat]
         summed = exchange.sum(torch.cat([part.flatten().to(dtype) for part in flat]))
-        totals = [
+        totals = iter(
             total.view_as(part).to(part.dtype) for total, part in zip(torch.split(summed, sizes), flat, strict=True)
-        ]
+        )
+        statistics = [list(itertools.islice(totals, len(parts))) for parts in partials]
+        flags = list(totals)
+        if judge is not None:
+            judge(statistics, flags)
         updates: dict[tuple[int, ...], Update] = {}
-        for family, parts in zip(families, partials, strict=True):
-            own, totals = totals[: len(parts)], totals[len(parts) :]
-            updates |= self._family_updates(entries, family, *own)
-        return updates, totals
+        for family, own in zip(families, statistics, strict=True):
+            updates |= self._family_updates(entries, family, *own[:3])
+        return updates, flags
 
     def _family_partials(
         self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], family: _Family
@@ -257,14 +421,27 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
     def _partials(
         self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], parcel: tuple[int, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """This rank's part of ``||G||^2`` and ``||N||^2`` (K, *statistic) and of the count of gradients (K,)."""
+    ) -> tuple[Tensor, ...]:
+        """This rank's part of ``||G||^2`` and ``||N||^2`` (K, *statistic), and of the count of gradients (K,).
+
+        Where there are replicas also its part of a number (K,) that is zero if they have the same ``||G||^2``.
+        """
+        grad_sq, direction_sq, present, norm_sq = self._local_statistics(entries, exchange, grads, parcel)
+        if not (exchange.shared and exchange.has_replicas):
+            return grad_sq, direction_sq, present
+        return grad_sq, direction_sq, present, norm_sq.double() * exchange.replicas[parcel[0]].weight
+
+    def _local_statistics(
+        self, entries: list[Entry], exchange: Exchange, grads: Sequence[Tensor | None], parcel: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What counts of ``||G||^2``, ``||N||^2`` and of present gradients; and this rank's own ``||G||^2`` (K,)."""
         entry, device = entries[parcel[0]], exchange.device
         layout, dtype, counts = entry.layout, statistics_dtype(entry.parameter), exchange.contributes(parcel[0])
         zeros = torch.zeros(len(parcel), *layout.statistic_shape(self.per_column), dtype=dtype, device=device)
         found = [grads[i] is not None for i in parcel]
         if not layout.region.numel or not any(found):
-            return zeros, zeros, torch.zeros(len(parcel), dtype=dtype, device=device)
+            none = torch.zeros(len(parcel), dtype=dtype, device=device)
+            return zeros, zeros, none, none
         _, buffer, grad = self._momenta(entries, exchange.workspace, grads, parcel)
         present = torch.ones(len(parcel), dtype=dtype, device=device)
         if not all(found):  # no list becomes a tensor: the device would wait for it
@@ -272,13 +449,16 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 [one if has else torch.zeros_like(one) for one, has in zip(present, found, strict=True)]
             )
         if not counts:  # a replica's gradient enters no sum, but its own momentum
-            return zeros, zeros, present * sum_of_squares(grad, dtype).isfinite()
+            norm_sq = sum_of_squares(grad, dtype)
+            return zeros, zeros, present * norm_sq.isfinite(), norm_sq
         grad_sq = layout.sums_of_squares(grad, self.per_column, dtype, exchange.workspace)
+        norm_sq = grad_sq.view(len(parcel), -1).sum(dim=1)
         if not self.adaptive:
-            return grad_sq, zeros, present
+            return grad_sq, zeros, present, norm_sq
         keys = {key: entry.group[key] for key in ("momentum", "nesterov")}
         direction = rules.direction(grad, buffer, **keys, out=exchange.workspace.like(grad))
-        return grad_sq, layout.sums_of_squares(direction, self.per_column, dtype, exchange.workspace), present
+        direction_sq = layout.sums_of_squares(direction, self.per_column, dtype, exchange.workspace)
+        return grad_sq, direction_sq, present, norm_sq
 
     def _momenta(
         self, entries: list[Entry], workspace: Workspace, grads: Sequence[Tensor | None], parcel: tuple[int, ...]
@@ -299,8 +479,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     ) -> dict[tuple[int, ...], Update]:
         """Advance step, skipped and v where gradients are whole and finite; give each parcel its update."""
         states = [self.state[entries[i].parameter] for parcel in family.parcels for i in parcel]
-        finite = (grad_sq.isfinite() & direction_sq.isfinite()).view(len(states), -1).all(dim=1)
-        ok = (present == family.holders) & finite
+        ok = _valid(family, grad_sq, direction_sq, present)
         per_member = (-1,) + (1,) * (grad_sq.dim() - 1)
 
         step = torch.stack([state["step"] for state in states])
@@ -420,9 +599,21 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             unstack(weight, weights)
 
 
-def _checksums(entries: list[Entry]) -> list[float]:
-    """Sum of the local weights of each matrix."""
-    return cast("list[float]", torch.stack([local_tensor(e.parameter).double().sum() for e in entries]).tolist())
+def _named(group: dict[str, Any]) -> Iterator[tuple[Tensor, str]]:
+    """The parameters of a group with their names."""
+    return zip(group["params"], parameter_names(group), strict=True)
+
+
+def _valid(family: _Family, grad_sq: Tensor, direction_sq: Tensor, present: Tensor) -> Tensor:
+    """Which of K gradients, (K,), are there on all ranks, finite, and small enough for the iteration.
+
+    The iteration takes ``||N||^2`` in float32: a larger one would be infinite there, and N a zero matrix.
+    """
+    norm_sq = grad_sq.view(len(present), -1).sum(dim=1)
+    if family.group["orthogonalizer"] == "newton_schulz":
+        norm_sq = (2 * norm_sq).float()  # N is rounded to bfloat16 first
+    finite = direction_sq.isfinite().view(len(present), -1).all(dim=1)
+    return (present == family.holders) & norm_sq.isfinite() & finite
 
 
 def wire_dtype(entry: Entry) -> torch.dtype:

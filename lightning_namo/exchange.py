@@ -9,22 +9,36 @@ from __future__ import annotations
 import gc
 import math
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_namo.plan import Described, Matrix, check_agreement, check_replicas, make_plan
+from lightning_namo.agreement import (
+    Described,
+    Holding,
+    Hyper,
+    check_agreement,
+    check_hyper,
+    check_order,
+    check_replicas,
+    meeting,
+    tolerance,
+)
+from lightning_namo.plan import Matrix, make_plan
 from lightning_namo.regions import Region
 from lightning_namo.workspace import Workspace
 
 BUCKET_BYTES = 32 * 2**20  # by default; small matrices fill an accelerator in stacks only
 CPU_BUCKET_BYTES = 8 * 2**20  # on CPUs, which one matrix keeps busy: less memory, and more of the way overlaps
 CACHED_ELEMENTS = 2**20  # bound on a stack on CPUs, where larger ones leave the cache between operations
+_HISTORY: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
+"""Of each process group how many exchanges were planned in it, and the number of the last one's optimizer."""
 GLOO_LETS_GO_S = 0.2  # of what its threads hold, on a busy machine too
 
 
@@ -35,6 +49,47 @@ class Parcel:
     indices: tuple[int, ...]
     owner: int
     senders: dict[Region, int]
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a rank tells the others before the first step, beside its matrices' regions.
+
+    Args:
+        matrices: The parameters in the order of the matrices.
+        adamw: The parameters that are not matrices.
+        hyper: Of each group its name and plain hyper-parameters.
+        number: Of the optimizer, in the order in which this process built them.
+    """
+
+    matrices: Sequence[Holding] = ()
+    adamw: Sequence[Holding] = ()
+    hyper: Hyper = field(default_factory=list)
+    number: int = 0
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Of one parameter.
+
+    Args:
+        count: How many ranks, at most, hold the same part of it; the same on all ranks.
+        weight: 1 where this rank repeats what an earlier one holds; there minus how many repeat it; 0 if none does.
+            With these weights a number that all replicas have alike adds up to zero.
+    """
+
+    count: int
+    weight: int
+
+    @classmethod
+    def of(cls, rank: int, parts: Sequence[Holding]) -> Replicas:
+        """From every rank's part of a parameter."""
+        holders: dict[Any, list[int]] = defaultdict(list)
+        for other, part in enumerate(parts):
+            if part.region is not None:
+                holders[part.region].append(other)
+        same = holders.get(parts[rank].region, [rank])
+        return cls(max(map(len, holders.values()), default=1), 1 - len(same) if same[0] == rank else 1)
 
 
 @dataclass
@@ -65,42 +120,71 @@ class Exchange:
         matrices: This rank's view of every matrix.
         device: Where tensors live.
         bucket_bytes: See `make_plan`; up to three buckets are in flight. None: 8 MiB on CPUs, else 32 MiB.
-        others: Parameters that do not travel, but must be the same on all ranks too.
-        checksums: Gives a checksum of this rank's weights of each matrix; called if there are other ranks.
+        publish: Gives what the ranks must agree on besides; called if there are other ranks.
         workspace: Where shards and results lie while a bucket is worked on.
+
+    Attributes:
+        replicas: Who holds the same part of each matrix.
+        replicas_of_adamw: Likewise of the parameters that are not matrices.
+        weights_of_adamw: Their weights, see `Replicas`.
+        tolerance_of_adamw: Up to which part of their sum over the ranks weighted norms are rounding.
+        number: How many were planned in the process group before.
 
     Raises:
         ValueError: On all ranks, if they disagree or the shards do not make up a matrix.
+        RuntimeError: If not all ranks meet here.
     """
 
     def __init__(
         self,
         matrices: Sequence[Matrix],
         device: torch.device,
-        bucket_bytes: int | None = None,
-        others: Sequence[Described] = (),
-        checksums: Callable[[], list[float]] = list,
-        workspace: Workspace | None = None,
+        bucket_bytes: int | None,
+        publish: Callable[[], Published],
+        workspace: Workspace,
     ) -> None:
         self.matrices = list(matrices)
-        self.workspace = workspace or Workspace()
+        self.workspace = workspace
         self.device = device
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized() else (0, 1)
         default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
         self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
-        published = [self.matrices]
+        self._group = weakref.ref(dist.group.WORLD) if initialized() else _no_group
+        published, told = [self.matrices], list[Published]()
         if self.world_size > 1:
-            gathered: list[Any] = [None] * self.world_size
-            dist.all_gather_object(gathered, (self.matrices, others, checksums(), self.bucket_bytes))
-            published = [theirs for theirs, *_ in gathered]
-            check_agreement([theirs for _, theirs, *_ in gathered])
-            if len(bounds := {bound for *_, bound in gathered}) > 1:
+            mine, history = publish(), _HISTORY.setdefault(dist.group.WORLD, [0, -1])
+            in_order, history[1] = mine.number > history[1], mine.number
+            self.number, history[0] = history[0], history[0] + 1
+            purpose = "compare their parameters before a step"
+            every = self.gather((self.matrices, mine, self.bucket_bytes, in_order), purpose)
+            published, told = [matrices for matrices, *_ in every], [theirs for _, theirs, *_ in every]
+            for of_ranks in ([of_rank.adamw for of_rank in told], [of_rank.matrices for of_rank in told]):
+                check_agreement([[(h.name, h.shape, h.dtype) for h in holdings] for holdings in of_ranks])
+            check_order([in_order for *_, in_order in every])
+            if len(bounds := {bound for _, _, bound, _ in every}) > 1:
                 raise ValueError(
                     f"Expected the same bucket_bytes on all ranks but got {sorted(bounds)}. Set it alike on every rank."
                 )
+            check_hyper([of_rank.hyper for of_rank in told])
         self.plan = make_plan(published, self.bucket_bytes)
-        if self.world_size > 1:
-            check_replicas(published, [theirs for _, _, theirs, _ in gathered])
+        for of_ranks in ([of_rank.matrices for of_rank in told], [of_rank.adamw for of_rank in told]):
+            check_replicas(of_ranks)
+        self.replicas, self.replicas_of_adamw = (
+            [Replicas.of(self.rank, parts) for parts in zip(*of_ranks, strict=True)]
+            for of_ranks in ([t.matrices for t in told], [t.adamw for t in told])
+        )
+        if not told:
+            self.replicas = [Replicas(1, 0)] * len(matrices)
+        self.weights_of_adamw, self.tolerance_of_adamw = (
+            torch.tensor(numbers, dtype=torch.float64, device=device)
+            for numbers in (
+                [replicas.weight for replicas in self.replicas_of_adamw],
+                [
+                    tolerance(replicas.count, parts.dtype) / replicas.count
+                    for replicas, parts in zip(self.replicas_of_adamw, told[0].adamw if told else (), strict=True)
+                ],
+            )
+        )
         self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
         self.buckets = [self._parcels(bucket) for bucket in self.plan.buckets]
         if not self.shared and device.type == "cpu":  # nothing travels, and what is small stays in the cache
@@ -112,6 +196,16 @@ class Exchange:
     def shared(self) -> bool:
         """Whether other ranks take part, so that all must take part in the same matrices."""
         return self.world_size > 1
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether any part of a parameter lies on more than one rank."""
+        return any(replicas.count > 1 for replicas in (*self.replicas, *self.replicas_of_adamw))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the default process group is the one that this was planned for."""
+        return self._group() is (dist.group.WORLD if initialized() else None)
 
     @property
     def bytes_sent(self) -> int:
@@ -130,8 +224,16 @@ class Exchange:
     def sum(self, partials: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place; the same bits on all of them."""
         if self.shared:
-            dist.all_reduce(partials)
+            with meeting("sum their statistics"):
+                dist.all_reduce(partials)
         return partials
+
+    def gather(self, value: Any, purpose: str) -> list[Any]:
+        """Every rank's value (pickled), in the order of the ranks."""
+        gathered: list[Any] = [None] * self.world_size
+        with meeting(purpose):
+            dist.all_gather_object(gathered, value)
+        return gathered
 
     def map(
         self,
@@ -269,7 +371,8 @@ class Exchange:
         for peer, place, region in leg.receives:
             out_sizes[peer] += len(parcels[place].indices) * region.numel
         received = torch.empty(sum(out_sizes), dtype=dtype, device=self.device)
-        work = dist.all_to_all_single(received, sent, out_sizes, in_sizes, async_op=True)
+        with meeting("exchange matrices"):
+            work = dist.all_to_all_single(received, sent, out_sizes, in_sizes, async_op=True)
         return _InFlight(work, received, sent)
 
     def _assemble(
@@ -304,7 +407,8 @@ class Exchange:
 def _pieces(leg: _Leg, parcels: list[Parcel], arriving: _InFlight) -> Iterator[tuple[int, Region, Tensor]]:
     """Wait, then give (parcel's place, region, tensor (K, elements)) of everything that arrived."""
     if arriving.work is not None:
-        arriving.work.wait()
+        with meeting("exchange matrices"):
+            arriving.work.wait()
     counts = [len(parcels[place].indices) for _, place, _ in leg.receives]
     sizes = [count * region.numel for count, (_, _, region) in zip(counts, leg.receives, strict=True)]
     pieces = torch.split(arriving.received, sizes)
@@ -349,8 +453,13 @@ def check_same(parameters: Sequence[Described]) -> None:
     """
     if initialized():
         published: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(published, list(parameters))
+        with meeting("compare their parameters"):
+            dist.all_gather_object(published, list(parameters))
         check_agreement(published)
+
+
+def _no_group() -> None:
+    return None
 
 
 def _dtype(matrix: Matrix) -> torch.dtype:

@@ -8,15 +8,13 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 
+from lightning_namo.agreement import check_agreement
 from lightning_namo.regions import Region, Span
 
 _OVERLAPPING = 3  # buckets from which on some travels while some is worked on
-
-Described: TypeAlias = tuple[str, tuple[int, ...], str]  # a parameter's name, full shape and dtype
 
 
 @dataclass(frozen=True)
@@ -181,60 +179,6 @@ def _keep_local(owners: tuple[int, ...], regions: tuple[tuple[Region, ...], ...]
         if owner not in renamed:
             renamed[owner] = next(free)
     return tuple(renamed[owner] for owner in owners)
-
-
-def check_agreement(published: Sequence[Sequence[Described]]) -> None:
-    """Raise unless all ranks have the same parameters in the same order.
-
-    Args:
-        published: For each rank the (name, shape, dtype) of its parameters.
-
-    Raises:
-        ValueError: Naming the first parameter that differs.
-    """
-    expected = published[0]
-    for rank, found in enumerate(published):
-        advice = "Build the same model and the same parameter groups on every rank."
-        for theirs, ours in zip(expected, found, strict=False):
-            if theirs != ours:
-                raise ValueError(
-                    f"Expected the same parameters on all ranks, but rank 0 has {_words(theirs)} where rank {rank} "
-                    f"has {_words(ours)}. {advice}"
-                )
-        if len(found) != len(expected):
-            longer, more = (0, expected) if len(expected) > len(found) else (rank, found)
-            raise ValueError(
-                f"Expected the same parameters on all ranks, but rank 0 has {len(expected)} and rank {rank} has "
-                f"{len(found)}: only rank {longer} has {_words(more[min(len(found), len(expected))])}. {advice}"
-            )
-
-
-def check_replicas(published: Sequence[Sequence[Matrix]], checksums: Sequence[Sequence[float]]) -> None:
-    """Raise if ranks that hold one and the same region of a matrix have different weights there.
-
-    Args:
-        published: For each rank, its matrices, in the same order.
-        checksums: For each rank, a checksum of the weights that it holds of each matrix.
-
-    Raises:
-        ValueError: Naming the matrix and two ranks.
-    """
-    for index, matrix in enumerate(published[0]):
-        first: dict[Region, tuple[int, float]] = {}
-        for rank, matrices in enumerate(published):
-            checksum = checksums[rank][index]
-            other, expected = first.setdefault(matrices[index].region, (rank, checksum))
-            if checksum != expected and not (math.isnan(checksum) and math.isnan(expected)):
-                raise ValueError(
-                    f"Expected ranks {other} and {rank} to hold replicas of {matrix.name} {matrix.shape}, but their "
-                    "weights differ. All ranks of the default process group must train one model: start it from the "
-                    "same weights everywhere (DistributedDataParallel and FSDP see to it); expert or pipeline "
-                    "parallelism is not supported."
-                )
-
-
-def _words(described: Described) -> str:
-    return " ".join(str(part) for part in described)
 
 
 def _senders(

@@ -9,7 +9,7 @@ transposed convolutions), and several matrices stacked by rows where ``blocks`` 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -141,6 +141,12 @@ def unstack(stacked: Tensor, tensors: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(tensors), list(stacked.unbind()))
 
 
+def refuse_sparse(name: str, grad: Tensor) -> None:
+    """Raise a ValueError for a sparse gradient."""
+    if grad.layout != torch.strided:
+        raise ValueError(f"Expected a dense gradient but {name} has a {grad.layout} one. Use sparse=False.")
+
+
 def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     """The gradient's local shard, laid out like the parameter's; None if there is no gradient.
 
@@ -152,8 +158,7 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     grad = parameter.grad
     if grad is None:
         return None
-    if grad.layout != torch.strided:
-        raise ValueError(f"Expected a dense gradient but {name} has a {grad.layout} one. Use sparse=False.")
+    refuse_sparse(name, grad)
     if isinstance(grad, DTensor) and isinstance(parameter, DTensor) and grad.placements != parameter.placements:
         parameter.grad = grad = grad.redistribute(placements=parameter.placements)
     return local_tensor(grad)
@@ -232,6 +237,24 @@ def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, 
     inner = math.prod(shape[2:])
     row, col = (offset[0] if shape else 0), (offset[1] * inner if len(shape) > 1 else 0)
     return shape, Block(row, row + stored_shape(local)[0], col, col + stored_shape(local)[1])
+
+
+def part_of(parameter: Tensor, region: Region | None) -> Hashable:
+    """What tells apart the parts of a parameter on different ranks; None where nothing of it lies here.
+
+    Args:
+        parameter: As the strategy left it; any placement that torch can locate.
+        region: The part that lies here, if it is known (under FSDP1 the parameter does not know).
+    """
+    if not local_tensor(parameter).numel():
+        return None
+    if region is not None:
+        return region
+    if not isinstance(parameter, DTensor):
+        return "whole"
+    shape, mesh, placements = tuple(parameter.shape), parameter.device_mesh, parameter.placements
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    return tuple(local), tuple(offset)
 
 
 def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...], Region]]:

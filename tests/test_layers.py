@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_namo"
 # From the papers up to the command line. A module imports those to the left of it in its row and those in rows above.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "workspace", "rules", "orthogonalize", "regions", "spectra"),
-    ("plan", "exchange", "grid", "adamw", "param_groups", "checkpoint", "adoption"),
+    ("agreement", "plan", "exchange", "grid", "adamw", "param_groups", "checkpoint", "adoption", "trained_module"),
     ("grouped", "base", "optimizers", "schedules"),
     (
         "factory",
@@ -49,7 +49,7 @@ LAYER = {module: number for number, row in enumerate(LAYERS) for module in row}
 PLACE = {module: place for place, module in enumerate(module for row in LAYERS for module in row)}
 
 LIGHTNING_FROM = 3
-DISTRIBUTED_IN = {"regions", "exchange", "checkpoint", "consolidate", "gpt2.parallel"}
+DISTRIBUTED_IN = {"regions", "trained_module", "exchange", "checkpoint", "consolidate", "gpt2.parallel"}
 
 
 def name_of(path: Path) -> str:

@@ -1,0 +1,437 @@
+"""What would part the ranks without a word is said, on all of them: weights, hyper-parameters, gradients, groups."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
+from tests.distributed.launch import WorkerError, run_ranks
+
+OPTIMIZERS = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
+HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd"}
+Wrap = Callable[[nn.Module], nn.Module]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def new_module(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5)).to(dtype)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()  # norms and biases, too: none is its own mirror image
+    return module
+
+
+def plain(module: nn.Module) -> nn.Module:
+    return module
+
+
+def hsdp(module: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
+    for child in module.children():
+        fully_shard(child, mesh=mesh)
+    return fully_shard(module, mesh=mesh)
+
+
+def set_gradients(module: nn.Module, seed: int = 0) -> None:
+    """The same on all ranks that hold the same part."""
+    for index, parameter in enumerate(module.parameters()):
+        local = _local(parameter.detach())
+        shard = dist.get_rank() % 2 if isinstance(parameter, DTensor) else 0
+        generator = torch.Generator().manual_seed(1000 * seed + 10 * index + shard)
+        grad = torch.randn(local.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        parameter.grad = torch.zeros_like(parameter)
+        _local(parameter.grad).copy_(grad)
+
+
+def weights(module: nn.Module) -> list[Tensor]:
+    return [_local(parameter.detach()).clone() for parameter in module.parameters()]
+
+
+def message(step: Callable[[], Any]) -> str:
+    """What it raises, as its class and text; "" if it raises nothing."""
+    try:
+        step()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def stepped(optimizer: torch.optim.Optimizer, module: nn.Module) -> tuple[str, bool]:
+    """What a step raises, and whether the weights are as they were."""
+    before = weights(module)
+    said = message(optimizer.step)
+    return said, all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
+
+
+# ---------------------------------------------------------------------- weights of replicas
+
+
+def spoil_weights(rank: int, wrap: Wrap) -> dict[str, tuple[str, bool]]:
+    """One parameter at a time has its rows, or elements, in the opposite order on the last rank."""
+    answers = {}
+    for spoiled in ("0.weight", "1.weight", "1.bias", "2.weight", "none"):
+        module = wrap(new_module())
+        if spoiled != "none" and rank == dist.get_world_size() - 1:
+            with torch.no_grad():
+                local = _local(module.get_parameter(spoiled))
+                local.copy_(local.flip(0))
+        optimizer = build_optimizer(module, NAMO, **HYPER)
+        set_gradients(module)
+        answers[spoiled] = stepped(optimizer, module)
+    return answers
+
+
+@pytest.mark.parametrize(("wrap", "ranks"), [(plain, 2), (hsdp, 4)], ids=["replicas", "hsdp"])
+def test_replicas_of_every_parameter_are_compared_in_the_order_of_their_elements(wrap: Wrap, ranks: int) -> None:
+    for answers in run_ranks(spoil_weights, ranks, wrap):
+        assert answers.pop("none")[0] == ""
+        for name, (said, unchanged) in answers.items():
+            assert said.startswith("ValueError")
+            assert f"to hold replicas of {name} " in said
+            assert unchanged
+
+
+# ---------------------------------------------------------------------- gradients of replicas
+
+
+def feed_differently(rank: int, wrap: Wrap) -> dict[Any, tuple[str, bool]]:
+    """A gradient of another size on the last rank, in the second step."""
+    answers: dict[Any, tuple[str, bool]] = {}
+    for name, cls in OPTIMIZERS.items():
+        for spoiled, factor in (("1.weight", 1.1), ("0.weight", 1.1), ("2.bias", 0.9), ("1.weight", 1 + 1e-6)):
+            module = wrap(new_module())
+            optimizer = build_optimizer(module, cls, **HYPER)
+            for step in range(2):
+                set_gradients(module, step)
+                if step and rank == dist.get_world_size() - 1:
+                    _local(module.get_parameter(spoiled).grad).mul_(factor)
+                answers[name, spoiled, factor] = stepped(optimizer, module)
+    return answers
+
+
+@pytest.mark.parametrize(("wrap", "ranks"), [(plain, 2), (hsdp, 4)], ids=["replicas", "hsdp"])
+def test_replicas_that_are_fed_different_gradients_are_refused_and_rounding_is_not(wrap: Wrap, ranks: int) -> None:
+    for answers in run_ranks(feed_differently, ranks, wrap):
+        for (_, spoiled, factor), (said, unchanged) in answers.items():
+            if abs(factor - 1) < 1e-5:
+                assert said == ""
+                assert not unchanged
+            else:
+                assert said.startswith(f"RuntimeError: Expected the replicas of {spoiled} to have the same gradient")
+                assert unchanged
+
+
+def average_roughly(rank: int) -> list[str]:
+    """Gradients that each rank adds up in an order of its own."""
+    said = []
+    for dtype, scale in ((torch.bfloat16, 1.0), (torch.float32, 1e12), (torch.float64, 1.0)):
+        module = new_module(dtype)
+        optimizer = build_optimizer(module, NAMOD, lr=0.02)
+        for step in range(3):
+            for index, parameter in enumerate(module.parameters()):
+                generator = torch.Generator().manual_seed(100 * step + index)
+                parts = scale * torch.randn(8, *parameter.shape, generator=generator)
+                parameter.grad = torch.zeros_like(parameter)
+                for part in parts if rank == 0 else parts.flip(0):
+                    parameter.grad += part.to(dtype)
+            said.append(message(optimizer.step))
+    return said
+
+
+def test_gradients_that_were_reduced_in_another_order_are_no_different_ones() -> None:
+    assert run_ranks(average_roughly, 2) == [[""] * 9] * 2
+
+
+# ---------------------------------------------------------------------- hyper-parameters
+
+
+def differ(rank: int) -> dict[str, tuple[str, bool]]:
+    answers = {}
+    start = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.2, "adamw_eps": 1e-6, "nesterov": False, "max_step": None}
+    for key, value in start.items():
+        module = new_module()
+        optimizer = build_optimizer(module, NAMO, **HYPER | ({key: value} if rank else {}))
+        set_gradients(module)
+        answers[f"start {key}"] = stepped(optimizer, module)
+    for key, value in (("lr", 0.01), ("momentum", 0.9), ("weight_decay", 0.0), ("tensor lr", 0.01)):
+        module = new_module()
+        optimizer = build_optimizer(module, NAMO, **HYPER)
+        matrices = optimizer.param_groups[0]
+        if key.startswith("tensor"):
+            matrices["lr"] = torch.tensor(0.02)
+        for step in range(3):
+            set_gradients(module, step)
+            if step == 2 and rank:  # as a schedule on a metric of this rank does
+                if key.startswith("tensor"):
+                    matrices["lr"].fill_(value)
+                else:
+                    matrices[key] = value
+            answers[f"later {key}"] = stepped(optimizer, module)
+            assert step == 2 or answers[f"later {key}"][0] == ""
+    module = new_module()  # a last bit that two kinds of CPUs compute differently is no difference
+    optimizer = build_optimizer(module, NAMO, **HYPER)
+    for step in range(2):
+        optimizer.param_groups[0]["lr"] = 0.017 * (1 + rank * step * 4e-16)
+        set_gradients(module, step)
+        answers["same"] = stepped(optimizer, module)
+    return answers
+
+
+def test_hyper_parameters_that_differ_between_ranks_are_refused_at_the_start_and_later() -> None:
+    for answers in run_ranks(differ, 2):
+        assert answers.pop("same")[0] == ""
+        for case, (said, unchanged) in answers.items():
+            key = case.split()[-1].removeprefix("adamw_")
+            assert said.startswith(f"ValueError: Expected the same {key} of group "), case
+            assert "rank 0 has" in said
+            assert unchanged
+
+
+def without_waiting(rank: int) -> list[list[str]]:
+    """Flags are read in the next step, as where a device must not be waited for (there is none here)."""
+    answers = []
+    for what in ("gradient", "lr", "sparse"):
+        module = new_module()
+        optimizer = build_optimizer(module, NAMO, **HYPER)
+        optimizer.sharing()  # plans
+        optimizer._alarm.at_once = False
+        said = []
+        for step in range(3):
+            set_gradients(module, step)
+            weight = module.get_parameter("1.weight")
+            if step == 1 and rank:
+                if what == "gradient":
+                    weight.grad *= 2
+                elif what == "lr":
+                    optimizer.param_groups[0]["lr"] *= 2
+                else:
+                    weight.grad = weight.grad.to_sparse()
+            said.append(message(optimizer.step))
+            if rank and "sparse" in said[-1]:
+                break
+        answers.append(said)
+    return answers
+
+
+def test_where_the_device_is_not_waited_for_the_next_step_says_what_parted_the_ranks() -> None:
+    first, second = run_ranks(without_waiting, 2)
+    for gradient, lr, _ in (first, second):
+        assert gradient[:2] == lr[:2] == ["", ""]
+        assert "Expected the replicas of 1.weight to have the same gradient" in gradient[2]
+        assert "Expected the same lr of group 'matrices'" in lr[2]
+    assert first[2][:2] == ["", ""]
+    assert "rank 1 refused its own" in first[2][2]
+    assert second[2][0] == ""
+    assert "Expected a dense gradient but 1.weight" in second[2][1]
+
+
+# ---------------------------------------------------------------------- what one rank cannot do
+
+
+def sparse_on_one_rank(rank: int) -> dict[str, tuple[str, bool]]:
+    answers = {}
+    for name in ("1.weight", "0.weight"):
+        module = new_module()
+        optimizer = build_optimizer(module, NAMO, **HYPER)
+        for step in range(2):
+            set_gradients(module, step)
+            parameter = module.get_parameter(name)
+            if step and rank:
+                parameter.grad = parameter.grad.to_sparse()
+            answers[name] = stepped(optimizer, module)
+    return answers
+
+
+def test_a_sparse_gradient_on_one_rank_ends_the_step_on_all_before_anything_moves() -> None:
+    for answers in run_ranks(sparse_on_one_rank, 2):
+        for name, (said, unchanged) in answers.items():
+            assert f"Expected a dense gradient but {name} has a torch.sparse_coo one" in said
+            assert unchanged
+
+
+def other_order(rank: int, swapped: int, alike: bool, sharded: bool) -> list[str]:
+    """Two optimizers, over models of one shape or of two, stepped in turn; from a step on in another order on rank 1."""
+    modules: list[nn.Module] = [nn.Sequential(nn.Linear(4, 4 if alike else 4 + k, bias=False)) for k in range(2)]
+    if sharded:
+        modules = [fully_shard(module) for module in modules]
+    pairs = [(module, build_optimizer(module, Muon, **HYPER)) for module in modules]
+    said = []
+    for step in range(2):
+        for module, _ in pairs:
+            set_gradients(module, step)
+        for _, optimizer in reversed(pairs) if rank and step >= swapped else pairs:
+            said.append(message(optimizer.step))
+    return said
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(("alike", "swapped"), [(True, 0), (False, 0), (True, 1)])
+def test_another_order_of_two_optimizers_on_one_rank_is_refused_on_all(
+    alike: bool, swapped: int, sharded: bool
+) -> None:
+    for said in run_ranks(other_order, 2, swapped, alike, sharded):
+        first, second = said[2 * swapped :][:2]
+        # Shards of one shape and name tell nothing of the model that they are of; the second optimizer's turn does.
+        found = second if alike and sharded and not swapped else first
+        assert "order" in found
+        assert "on all ranks" in found
+
+
+def in_a_join(rank: int) -> str:
+    module = DistributedDataParallel(nn.Linear(4, 4))
+    optimizer = build_optimizer(module, NAMO, **HYPER)
+    said = ""
+    with module.join():
+        for _ in range(1 + rank):
+            module(torch.ones(1, 4)).square().sum().backward()
+            said = said or message(optimizer.step)
+    return said
+
+
+def test_a_step_in_ddps_join_is_refused() -> None:
+    for said in run_ranks(in_a_join, 2, timeout=100):
+        assert "Expected all ranks to take every step, but the model runs in DistributedDataParallel's join()" in said
+
+
+def in_zero(rank: int) -> str:
+    module = nn.Sequential(*(nn.Linear(6, 6, bias=False) for _ in range(3)))
+    optimizer = ZeroRedundancyOptimizer(module.parameters(), NAMO, lr=0.02)
+    set_gradients(module)
+    return message(optimizer.step)
+
+
+def test_the_zero_redundancy_optimizer_is_refused() -> None:
+    for said in run_ranks(in_zero, 2, timeout=100):
+        assert "Expected the same parameters on all ranks" in said
+        assert "ZeroRedundancyOptimizer" in said
+
+
+def on_some_ranks(rank: int, planned: bool) -> None:
+    """Rank 1 ends before the first step, as one without a model does, or before the second."""
+    module = new_module()
+    optimizer = build_optimizer(module, NAMO, **HYPER)
+    set_gradients(module)
+    if planned:
+        optimizer.step()
+    if rank == 1:
+        os._exit(0)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("planned", [False, True])
+def test_a_rank_that_does_not_come_ends_the_others_with_what_to_look_for(planned: bool) -> None:
+    purpose = "sum their statistics" if planned else "compare their parameters before a step"
+    with pytest.raises(WorkerError, match=rf"Expected all ranks to meet to {purpose}.*Look for a rank that raised"):
+        run_ranks(on_some_ranks, 2, planned, timeout=100)
+
+
+def on_the_meta_device(rank: int) -> str:
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(4, 4))
+    optimizer = build_optimizer(module, NAMO)
+    module.to_empty(device="cpu")
+    set_gradients(module)
+    return message(optimizer.step)
+
+
+def test_an_optimizer_built_before_the_module_was_materialized_is_refused() -> None:
+    assert "0.weight no longer is" in on_the_meta_device(0)
+    for said in run_ranks(on_the_meta_device, 2):
+        assert "or materialized from the meta device" in said
+
+
+# ---------------------------------------------------------------------- a forward pass outside training
+
+
+def evaluate_between(rank: int) -> tuple[str, str, bool]:
+    """FSDP2's root stays whole after a forward pass without gradients: a plan, a step, and the next forward pass."""
+    torch.manual_seed(0)
+    module: Any = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    twin = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
+    twin.load_state_dict(module.state_dict())
+    fully_shard(module)
+    x = torch.randn(3, 4)
+    said, outputs = [], []
+    for step in range(2):
+        for model in (module, twin):
+            model.zero_grad()
+            model(x).square().sum().backward()
+            with torch.no_grad():
+                model(x)
+            if step == 0:
+                optimizer = build_optimizer(model, NAMO, **HYPER)
+                if model is module:
+                    sharded = optimizer
+                else:
+                    alone = optimizer
+                with torch.no_grad():
+                    model(x)
+        said.append(message(sharded.sharing) if step == 0 else "")
+        with torch.no_grad():
+            module(x)
+        said.append(message(sharded.step))
+        alone.step()
+        with torch.no_grad():
+            outputs.append((module(x) - twin(x)).abs().max().item() < 1e-5)
+    return said[0], "".join(said[1:]), all(outputs)
+
+
+def test_fsdp2_may_run_forward_outside_training_before_a_step() -> None:
+    assert run_ranks(evaluate_between, 2) == [("", "", True)] * 2
+
+
+# ---------------------------------------------------------------------- a new process group
+
+
+def remake_the_group(rank: int, folder: Path) -> list[list[Tensor]]:
+    """Weights after two steps on three ranks, two on two of them in the opposite order, and two alone."""
+    module = new_module(torch.float64)
+    optimizer = build_optimizer(module, NAMOD, **HYPER)
+    found = []
+    for stage, (place, ranks) in enumerate(((rank, 3), (1 - rank, 2), (0, 1))):
+        if stage:
+            dist.destroy_process_group()
+            if place < 0 or (stage == 2 and rank):
+                break
+            group = f"file://{folder}/{stage}"
+            dist.init_process_group("gloo", init_method=group, rank=place, world_size=ranks)
+        for step in range(2):
+            set_gradients(module, 10 * stage + step)
+            optimizer.step()
+        found.append(weights(module))
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", init_method=f"file://{folder}/end-{rank}", rank=0, world_size=1)
+    return found
+
+
+def test_a_process_group_made_anew_is_planned_for_anew(tmp_path: Path) -> None:
+    module = new_module(torch.float64)
+    optimizer = build_optimizer(module, NAMOD, **HYPER)
+    expected = []
+    for stage in range(3):
+        for step in range(2):
+            set_gradients(module, 10 * stage + step)
+            optimizer.step()
+        expected.append(weights(module))
+    answers = run_ranks(remake_the_group, 3, tmp_path)
+    assert [len(found) for found in answers] == [3, 2, 1]
+    for found in answers:
+        for weight, reference in zip(sum(found, []), sum(expected, []), strict=False):
+            torch.testing.assert_close(weight, reference, rtol=1e-12, atol=1e-12)
