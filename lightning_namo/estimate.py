@@ -211,7 +211,8 @@ def estimate(
         flops[owner] += matrix.cost
     sent, received = ([sum(of_rank) for of_rank in zip(*lists, strict=True)] for lists in _by_bucket(legs))
     ranks = tuple(map(Rank, owned, flops, sent, received, buffers, *memory))
-    all_reduces, reduced = _all_reduces(optimizer, entries, len(plan.buckets))
+    replicated = R > 1 and (grid.replicas > 1 or (grid.tensor > 1 and None in dims.values()))
+    all_reduces, reduced = _all_reduces(optimizer, entries, len(plan.buckets), R, replicated)
     reducing = 2 * (R - 1) / R * reduced / rates.link_gbytes / 1e9
     ways_in, ways_back = [leg.seconds_in(rates) for leg in legs], [leg.seconds_back(rates) for leg in legs]
     working = [max(leg.flops) / rates.tflops / 1e12 for leg in legs]
@@ -412,16 +413,24 @@ def _memory(
     return weights, weights, state, adamw
 
 
-def _all_reduces(optimizer: OrthogonalizedOptimizer, entries: Sequence[Entry], buckets: int) -> tuple[int, int]:
-    """Number of all-reduces of a step, and their bytes: ``||G||^2``, ``||N||^2`` and flags of each parameter."""
+def _all_reduces(
+    optimizer: OrthogonalizedOptimizer, entries: Sequence[Entry], buckets: int, ranks: int, replicated: bool
+) -> tuple[int, int]:
+    """Number of all-reduces of a step, and their bytes.
+
+    The first has ``||G||^2``, ``||N||^2`` and flags of each parameter, three numbers of each rank, and where there are
+    replicas, in float64, one number more of each matrix and two of the others.
+    """
     numbers = sum(2 * math.prod(entry.layout.statistic_shape(optimizer.per_column)) + 1 for entry in entries)
     groups = [group["params"] for group in optimizer.param_groups if not group["orthogonalize"]]
-    numbers += sum(1 + 2 * len(params) for params in groups if params)
+    numbers += sum(1 + 2 * len(params) for params in groups if params) + 3 * ranks
+    if replicated:
+        numbers += len(entries) + 2 * sum(map(len, groups))
     itemsize = 8 if any(entry.parameter.dtype == torch.float64 for entry in entries) else 4
+    size = numbers * (8 if replicated else itemsize)
     if not isinstance(optimizer, AdaMuon):
-        return 1, numbers * itemsize
-    numbers += sum(math.prod(entry.layout.statistic_shape(False)) for entry in entries)
-    return 1 + buckets, numbers * itemsize
+        return 1, size
+    return 1 + buckets, size + itemsize * sum(math.prod(entry.layout.statistic_shape(False)) for entry in entries)
 
 
 def _itemsize(matrix: Matrix) -> int:

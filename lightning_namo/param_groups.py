@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_namo.regions import Region, find_regions, stored_shape
+from lightning_namo.regions import Region, find_regions, reshard, stored_shape
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -129,6 +129,7 @@ def split_parameters(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected a module, whose parameters are split by what they are, but got {module!r:.80}.")
+    reshard(module)
     regions = find_regions(module)
     entries = _find_entries(module, regions)
     heads = {*_declared_heads(module), *_head_by_width(module)}

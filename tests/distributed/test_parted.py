@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,6 +81,41 @@ def stepped(optimizer: torch.optim.Optimizer, module: nn.Module) -> tuple[str, b
     return said, all(torch.equal(a, b) for a, b in zip(before, weights(module), strict=True))
 
 
+def all_cases(rank: int) -> dict[str, Any]:
+    """What needs two ranks and leaves them together: a launch costs more than the cases."""
+    orders = {case: other_order(rank, *case) for case in ORDERS}
+    return {
+        "weights": spoil_weights(rank, plain),
+        "gradients": feed_differently(rank, plain),
+        "rounding": average_roughly(rank),
+        "hyper": differ(rank),
+        "deferred": without_waiting(rank),
+        "sparse": sparse_on_one_rank(rank),
+        "orders": orders,
+        "join": in_a_join(rank),
+        "zero": in_zero(rank),
+        "meta": on_the_meta_device(rank),
+        "evaluated": evaluate_between(rank),
+    }
+
+
+def hsdp_cases(rank: int) -> dict[str, Any]:
+    return {"weights": spoil_weights(rank, hsdp), "gradients": feed_differently(rank, hsdp)}
+
+
+@functools.cache
+def answers_of(layout: str) -> list[dict[str, Any]]:
+    return run_ranks(all_cases, 2, timeout=280) if layout == "replicas" else run_ranks(hsdp_cases, 4, timeout=280)
+
+
+def answers(case: str, layout: str = "replicas") -> list[Any]:
+    """What the case gave on each rank."""
+    return [answer[case] for answer in answers_of(layout)]
+
+
+both_layouts = pytest.mark.parametrize("layout", ["replicas", "hsdp"])
+
+
 # ---------------------------------------------------------------------- weights of replicas
 
 
@@ -98,11 +134,11 @@ def spoil_weights(rank: int, wrap: Wrap) -> dict[str, tuple[str, bool]]:
     return answers
 
 
-@pytest.mark.parametrize(("wrap", "ranks"), [(plain, 2), (hsdp, 4)], ids=["replicas", "hsdp"])
-def test_replicas_of_every_parameter_are_compared_in_the_order_of_their_elements(wrap: Wrap, ranks: int) -> None:
-    for answers in run_ranks(spoil_weights, ranks, wrap):
-        assert answers.pop("none")[0] == ""
-        for name, (said, unchanged) in answers.items():
+@both_layouts
+def test_replicas_of_every_parameter_are_compared_in_the_order_of_their_elements(layout: str) -> None:
+    for cases in answers("weights", layout):
+        assert cases["none"] == ("", False)
+        for name, (said, unchanged) in cases.items() - {"none": ("", False)}.items():
             assert said.startswith("ValueError")
             assert f"to hold replicas of {name} " in said
             assert unchanged
@@ -126,10 +162,10 @@ def feed_differently(rank: int, wrap: Wrap) -> dict[Any, tuple[str, bool]]:
     return answers
 
 
-@pytest.mark.parametrize(("wrap", "ranks"), [(plain, 2), (hsdp, 4)], ids=["replicas", "hsdp"])
-def test_replicas_that_are_fed_different_gradients_are_refused_and_rounding_is_not(wrap: Wrap, ranks: int) -> None:
-    for answers in run_ranks(feed_differently, ranks, wrap):
-        for (_, spoiled, factor), (said, unchanged) in answers.items():
+@both_layouts
+def test_replicas_that_are_fed_different_gradients_are_refused_and_rounding_is_not(layout: str) -> None:
+    for cases in answers("gradients", layout):
+        for (_, spoiled, factor), (said, unchanged) in cases.items():
             if abs(factor - 1) < 1e-5:
                 assert said == ""
                 assert not unchanged
@@ -156,7 +192,7 @@ def average_roughly(rank: int) -> list[str]:
 
 
 def test_gradients_that_were_reduced_in_another_order_are_no_different_ones() -> None:
-    assert run_ranks(average_roughly, 2) == [[""] * 9] * 2
+    assert answers("rounding") == [[""] * 9] * 2
 
 
 # ---------------------------------------------------------------------- hyper-parameters
@@ -195,9 +231,9 @@ def differ(rank: int) -> dict[str, tuple[str, bool]]:
 
 
 def test_hyper_parameters_that_differ_between_ranks_are_refused_at_the_start_and_later() -> None:
-    for answers in run_ranks(differ, 2):
-        assert answers.pop("same")[0] == ""
-        for case, (said, unchanged) in answers.items():
+    for cases in answers("hyper"):
+        assert cases["same"] == ("", False)
+        for case, (said, unchanged) in cases.items() - {"same": ("", False)}.items():
             key = case.split()[-1].removeprefix("adamw_")
             assert said.startswith(f"ValueError: Expected the same {key} of group "), case
             assert "rank 0 has" in said
@@ -231,7 +267,7 @@ def without_waiting(rank: int) -> list[list[str]]:
 
 
 def test_where_the_device_is_not_waited_for_the_next_step_says_what_parted_the_ranks() -> None:
-    first, second = run_ranks(without_waiting, 2)
+    first, second = answers("deferred")
     for gradient, lr, _ in (first, second):
         assert gradient[:2] == lr[:2] == ["", ""]
         assert "Expected the replicas of 1.weight to have the same gradient" in gradient[2]
@@ -260,14 +296,14 @@ def sparse_on_one_rank(rank: int) -> dict[str, tuple[str, bool]]:
 
 
 def test_a_sparse_gradient_on_one_rank_ends_the_step_on_all_before_anything_moves() -> None:
-    for answers in run_ranks(sparse_on_one_rank, 2):
-        for name, (said, unchanged) in answers.items():
+    for cases in answers("sparse"):
+        for name, (said, unchanged) in cases.items():
             assert f"Expected a dense gradient but {name} has a torch.sparse_coo one" in said
             assert unchanged
 
 
 def other_order(rank: int, swapped: int, alike: bool, sharded: bool) -> list[str]:
-    """Two optimizers, over models of one shape or of two, stepped in turn; from a step on in another order on rank 1."""
+    """Two optimizers, over models of one shape or of two, in turn; from a step on in another order on rank 1."""
     modules: list[nn.Module] = [nn.Sequential(nn.Linear(4, 4 if alike else 4 + k, bias=False)) for k in range(2)]
     if sharded:
         modules = [fully_shard(module) for module in modules]
@@ -281,13 +317,15 @@ def other_order(rank: int, swapped: int, alike: bool, sharded: bool) -> list[str
     return said
 
 
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize(("alike", "swapped"), [(True, 0), (False, 0), (True, 1)])
-def test_another_order_of_two_optimizers_on_one_rank_is_refused_on_all(
-    alike: bool, swapped: int, sharded: bool
-) -> None:
-    for said in run_ranks(other_order, 2, swapped, alike, sharded):
-        first, second = said[2 * swapped :][:2]
+# (from which step on in another order, models of one shape, sharded)
+ORDERS = [(0, True, False), (0, False, False), (1, True, False), (0, True, True), (0, False, True), (1, True, True)]
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_another_order_of_two_optimizers_on_one_rank_is_refused_on_all(case: tuple[int, bool, bool]) -> None:
+    swapped, alike, sharded = case
+    for orders in answers("orders"):
+        first, second, *_ = orders[case][2 * swapped :]
         # Shards of one shape and name tell nothing of the model that they are of; the second optimizer's turn does.
         found = second if alike and sharded and not swapped else first
         assert "order" in found
@@ -306,7 +344,7 @@ def in_a_join(rank: int) -> str:
 
 
 def test_a_step_in_ddps_join_is_refused() -> None:
-    for said in run_ranks(in_a_join, 2, timeout=100):
+    for said in answers("join"):
         assert "Expected all ranks to take every step, but the model runs in DistributedDataParallel's join()" in said
 
 
@@ -318,7 +356,7 @@ def in_zero(rank: int) -> str:
 
 
 def test_the_zero_redundancy_optimizer_is_refused() -> None:
-    for said in run_ranks(in_zero, 2, timeout=100):
+    for said in answers("zero"):
         assert "Expected the same parameters on all ranks" in said
         assert "ZeroRedundancyOptimizer" in said
 
@@ -353,48 +391,43 @@ def on_the_meta_device(rank: int) -> str:
 
 def test_an_optimizer_built_before_the_module_was_materialized_is_refused() -> None:
     assert "0.weight no longer is" in on_the_meta_device(0)
-    for said in run_ranks(on_the_meta_device, 2):
+    for said in answers("meta"):
         assert "or materialized from the meta device" in said
 
 
 # ---------------------------------------------------------------------- a forward pass outside training
 
 
-def evaluate_between(rank: int) -> tuple[str, str, bool]:
-    """FSDP2's root stays whole after a forward pass without gradients: a plan, a step, and the next forward pass."""
+def evaluate_between(rank: int) -> tuple[list[str], float]:
+    """FSDP2's root stays whole after a forward pass without gradients: what is said, and how far its outputs are off."""
     torch.manual_seed(0)
-    module: Any = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
-    twin = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4))
-    twin.load_state_dict(module.state_dict())
-    fully_shard(module)
+    pairs: list[nn.Module] = [nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)) for _ in range(2)]
+    pairs[1].load_state_dict(pairs[0].state_dict())
+    fully_shard(pairs[0])
     x = torch.randn(3, 4)
-    said, outputs = [], []
-    for step in range(2):
-        for model in (module, twin):
-            model.zero_grad()
+    said, optimizers = [], []
+    for model in pairs:
+        with torch.no_grad():
+            model(x)
+        optimizers.append(build_optimizer(model, NAMO, **HYPER))
+    for _ in range(2):
+        for model, optimizer in zip(pairs, optimizers, strict=True):
+            optimizer.zero_grad()
             model(x).square().sum().backward()
             with torch.no_grad():
                 model(x)
-            if step == 0:
-                optimizer = build_optimizer(model, NAMO, **HYPER)
-                if model is module:
-                    sharded = optimizer
-                else:
-                    alone = optimizer
-                with torch.no_grad():
-                    model(x)
-        said.append(message(sharded.sharing) if step == 0 else "")
-        with torch.no_grad():
-            module(x)
-        said.append(message(sharded.step))
-        alone.step()
-        with torch.no_grad():
-            outputs.append((module(x) - twin(x)).abs().max().item() < 1e-5)
-    return said[0], "".join(said[1:]), all(outputs)
+            if model is pairs[0]:
+                said += [message(optimizer.sharing), message(optimizer.step)]
+            else:
+                optimizer.step()
+    with torch.no_grad():
+        return said, (pairs[0](x) - pairs[1](x)).abs().max().item()
 
 
 def test_fsdp2_may_run_forward_outside_training_before_a_step() -> None:
-    assert run_ranks(evaluate_between, 2) == [("", "", True)] * 2
+    for said, error in answers("evaluated"):
+        assert said == [""] * 4
+        assert error < 1e-5
 
 
 # ---------------------------------------------------------------------- a new process group
@@ -430,8 +463,8 @@ def test_a_process_group_made_anew_is_planned_for_anew(tmp_path: Path) -> None:
             set_gradients(module, 10 * stage + step)
             optimizer.step()
         expected.append(weights(module))
-    answers = run_ranks(remake_the_group, 3, tmp_path)
-    assert [len(found) for found in answers] == [3, 2, 1]
-    for found in answers:
-        for weight, reference in zip(sum(found, []), sum(expected, []), strict=False):
-            torch.testing.assert_close(weight, reference, rtol=1e-12, atol=1e-12)
+    of_ranks = run_ranks(remake_the_group, 3, tmp_path)
+    assert [len(found) for found in of_ranks] == [3, 2, 1]
+    for found in of_ranks:
+        for stage, reference in zip(found, expected, strict=False):
+            torch.testing.assert_close(stage, reference, rtol=1e-12, atol=1e-12)
