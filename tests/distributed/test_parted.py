@@ -399,7 +399,7 @@ def test_an_optimizer_built_before_the_module_was_materialized_is_refused() -> N
 
 
 def evaluate_between(rank: int) -> tuple[list[str], float]:
-    """FSDP2's root stays whole after a forward pass without gradients: what is said, and how far its outputs are off."""
+    """After forward passes without gradients, which leave FSDP2's root whole: what is said, how far outputs are off."""
     torch.manual_seed(0)
     pairs: list[nn.Module] = [nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 4)) for _ in range(2)]
     pairs[1].load_state_dict(pairs[0].state_dict())
