@@ -28,10 +28,11 @@ from test_optimizers import build as build_groups
 from torch import Tensor, nn
 from torch.optim import lr_scheduler as schedulers
 from torch.optim import swa_utils
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils.checkpoint import checkpoint
 from toy import assert_same
 
-from lightning_namo import NAMO, NAMOD, Muon, build_optimizer
+from lightning_namo import NAMO, NAMOD, build_optimizer
 
 if "expecttest" not in sys.modules:  # torch's test helpers import it, and nothing here uses it
     sys.modules["expecttest"] = types.ModuleType("expecttest")
@@ -43,6 +44,11 @@ INFOS = {info.optim_cls.__name__: info for info in optim_db}
 SOURCES = ("AdamW", "Muon", "SGD")
 
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+dtypes_and_tensor_lr = pytest.mark.parametrize(
+    ("dtype", "tensor_lr"), [*((dtype, False) for dtype in DTYPES), (torch.float32, True)]
+)
 
 
 def build(cls: type, dtype: torch.dtype = torch.float32, **hyper: object) -> torch.optim.Optimizer:
@@ -70,7 +76,7 @@ def closure_of(optimizer: torch.optim.Optimizer) -> Callable[[], Tensor]:
     return closure
 
 
-def assert_loss_falls(optimizer: torch.optim.Optimizer, steps: int = 10, after: Callable[[Tensor], None] = id) -> None:
+def assert_loss_falls(optimizer: torch.optim.Optimizer, steps: int = 5, after: Callable[[Tensor], None] = id) -> None:
     closure = closure_of(optimizer)
     first = closure().item()
     for _ in range(steps):
@@ -430,8 +436,8 @@ def test_hooks_of_a_step_run_in_torchs_order(cls):
     handles = [
         optimizer.register_step_pre_hook(note("pre")),
         optimizer.register_step_post_hook(note("post")),
-        torch.optim.optimizer.register_optimizer_step_pre_hook(note("all pre")),
-        torch.optim.optimizer.register_optimizer_step_post_hook(note("all post")),
+        register_optimizer_step_pre_hook(note("all pre")),
+        register_optimizer_step_post_hook(note("all post")),
     ]
     optimizer.step(closure)
     for handle in handles:
@@ -495,9 +501,8 @@ def saved_whole(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 @all_optimizers
-@all_dtypes
+@dtypes_and_tensor_lr
 @pytest.mark.parametrize("copied", [*COPIES, pytest.param(saved_whole, id="save")])
-@pytest.mark.parametrize("tensor_lr", [False, True])
 def test_a_copy_goes_on_identically_in_every_dtype(cls, dtype, copied, tensor_lr):
     optimizer = run(build(cls, dtype, lr=torch.tensor(0.02) if tensor_lr else 0.02), 0, 1)
     optimizer.register_step_post_hook(lambda *_: pytest.fail("hooks stay with the original"))
@@ -510,8 +515,7 @@ def test_a_copy_goes_on_identically_in_every_dtype(cls, dtype, copied, tensor_lr
 
 
 @all_optimizers
-@all_dtypes
-@pytest.mark.parametrize("tensor_lr", [False, True])
+@dtypes_and_tensor_lr
 def test_state_dicts_are_deterministic_and_go_on_identically(cls, dtype, tensor_lr):
     def fresh() -> torch.optim.Optimizer:
         return build(cls, dtype, lr=torch.tensor(0.02) if tensor_lr else 0.02)
@@ -525,7 +529,7 @@ def test_state_dicts_are_deterministic_and_go_on_identically(cls, dtype, tensor_
     assert_same(state_dict["state"], optimizer.state_dict()["state"])  # loading changed nothing of it
     for seed in (2, 3):
         assert_same_run(run(other, seed), run(optimizer, seed))
-    assert_same(state_dict, copy.deepcopy(state_dict))
+    assert_same(optimizer.state_dict()["state"], other.state_dict()["state"])
 
     # as in torch's suite: groups that are there twice have one representation
     other.param_groups.extend(other.param_groups)
@@ -777,7 +781,6 @@ def test_setstate_serves_a_new_instance(cls, given):
         each.add_param_group({"params": [parameter(4, 4)]})
         each.add_param_group({"params": [parameter(4)], "orthogonalize": False})
     assert_same_run(run(twin, 3), run(expected, 3))
-    assert twin.param_groups == expected.param_groups or given != "whole"
     twin.load_state_dict(expected.state_dict())
     assert_same(copy.deepcopy(twin), expected)
 
@@ -854,12 +857,24 @@ def test_a_compiled_training_step_is_the_eager_one(cls, closure):
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_training_step_compiled_by_the_default_backend_is_near_the_eager_one():
-    (module, train), (other, eager) = trainer_of(Muon), trainer_of(Muon)
-    compiled = torch.compile(train)
-    for seed in range(2):
-        torch.testing.assert_close(compiled(randn(5, 4, seed=seed)), eager(randn(5, 4, seed=seed)))
-    torch.testing.assert_close(module.state_dict(), other.state_dict(), rtol=1e-3, atol=1e-4)
+def test_a_training_step_compiled_by_the_default_backend_is_near_the_eager_one(monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starts no pool of processes
+    modules = []
+    for compile_or_not in (torch.compile, lambda function: function):
+        module = nn.Linear(4, 6, bias=False)
+        nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(0))
+        optimizer = NAMO([module.weight], lr=0.05)
+
+        def train(x: Tensor) -> None:
+            optimizer.zero_grad()  # noqa: B023
+            module(x).square().mean().backward()  # noqa: B023
+            optimizer.step()  # noqa: B023
+
+        train = compile_or_not(train)
+        for seed in range(2):
+            train(randn(5, 4, seed=seed))
+        modules.append(module)
+    torch.testing.assert_close(modules[0].weight, modules[1].weight, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.usefixtures("compiler")
