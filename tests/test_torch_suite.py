@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_optimizers import (
     COPIES,
+    OPTIMIZERS,
     all_optimizers,
     assert_same_run,
     parameter,
@@ -101,10 +102,13 @@ def translated(source: str, kwargs: dict[str, object]) -> dict[str, object] | No
 
 
 def torch_inputs() -> Iterator[object]:
-    for source in SOURCES:
-        for dtype in DTYPES:
+    for dtype in DTYPES:
+        seen = set()
+        for source in SOURCES:
             for given in INFOS[source].optim_inputs_func("cpu", dtype):
-                if (ours := translated(source, given.kwargs)) is not None:
+                ours = translated(source, given.kwargs)
+                if ours is not None and str(ours) not in seen:
+                    seen.add(str(ours))
                     yield pytest.param(dtype, ours, id=f"{source}-{given.desc}-{dtype}".replace("torch.", ""))
 
 
@@ -253,8 +257,8 @@ def scheduled(optimizer: torch.optim.Optimizer, steps: int, make: Callable) -> l
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_step_follows_a_scheduler_of_torch(cls, name, kind):
     optimizer = build(cls, lr=kind(LR), momentum=0.9)
-    expected = scheduled(torch.optim.SGD([parameter(2, 2)], lr=LR, momentum=0.9), 8, SCHEDULERS[name])
-    assert scheduled(optimizer, 8, SCHEDULERS[name]) == [pytest.approx(pair) for pair in expected]
+    expected = scheduled(torch.optim.SGD([parameter(2, 2)], lr=LR, momentum=0.9), 5, SCHEDULERS[name])
+    assert scheduled(optimizer, 5, SCHEDULERS[name]) == [pytest.approx(pair) for pair in expected]
     assert isinstance(optimizer.param_groups[0]["lr"], Tensor) == (kind is not float)
 
     by_hand = build(cls, momentum=0.9)
@@ -270,16 +274,15 @@ def test_a_step_follows_a_scheduler_of_torch(cls, name, kind):
 def scheduler_inputs() -> list[object]:
     return [
         pytest.param(makers, id=f"{name}-{index}")
-        for name in ("Adam", "SGD", "Muon")
+        for name in ("Adam", "SGD")
         for index, makers in enumerate(INFOS[name].scheduler_inputs)
     ]
 
 
 @all_optimizers
 @pytest.mark.parametrize("makers", scheduler_inputs())
-@pytest.mark.parametrize("kind", [float, torch.tensor], ids=["float", "tensor"])
-def test_the_loss_falls_with_the_schedulers_of_torchs_suite(cls, makers, kind):
-    optimizer = build(cls, lr=kind(0.02))
+def test_the_loss_falls_with_the_schedulers_of_torchs_suite(cls, makers):
+    optimizer = build(cls, lr=torch.tensor(0.02))
     made = [maker(optimizer) for maker in makers]
 
     def advance(loss: Tensor) -> None:
@@ -608,22 +611,18 @@ def test_a_load_hook_gets_a_shallow_copy_of_the_users_state_dict(cls):
 
 
 @all_optimizers
-def test_a_load_hook_may_change_the_state_dict_or_give_another(cls):
-    trained = run(build(cls), 0)
-    for hook in (
-        lambda o, state_dict: {"param_groups": state_dict["wrapped"]["param_groups"], "state": trained_state()},
-        lambda o, state_dict: state_dict.update(state_dict.pop("wrapped")),
-    ):
-
-        def trained_state() -> dict:
-            return copy.deepcopy(trained.state_dict()["state"])
-
-        optimizer = build(cls)
-        optimizer.register_load_state_dict_pre_hook(hook)
-        given = {"wrapped": trained.state_dict()}
-        optimizer.load_state_dict(given)  # no state dict before the hook has been called
-        assert_same(optimizer, trained)
-        assert set(given) == {"wrapped"}
+@pytest.mark.parametrize(
+    "hook",
+    [lambda o, given: given["wrapped"], lambda o, given: given.update(given.pop("wrapped"))],
+    ids=["new", "same"],
+)
+def test_a_load_hook_may_change_the_state_dict_or_give_another(cls, hook):
+    trained, optimizer = run(build(cls), 0), build(cls)
+    optimizer.register_load_state_dict_pre_hook(hook)
+    given = {"wrapped": trained.state_dict()}
+    optimizer.load_state_dict(given)  # no state dict of an optimizer until the hook has run
+    assert_same(optimizer, trained)
+    assert set(given) == {"wrapped"}
 
 
 @all_optimizers
@@ -700,8 +699,7 @@ def test_cleared_state_is_saved_and_loaded_as_fresh_state(cls):
 
 
 @all_optimizers
-@pytest.mark.parametrize("index", range(5))
-@pytest.mark.parametrize("delete", [False, True])
+@pytest.mark.parametrize(("index", "delete"), [(0, True), (2, False), (3, True), (4, False)])
 def test_one_parameter_may_begin_anew(cls, index, delete):
     optimizer, expected = run(build_groups(cls), 0, 1), run(build_groups(cls), 0, 1)
     p, q = parameters(optimizer)[index], parameters(expected)[index]
@@ -810,10 +808,9 @@ def compiler() -> Iterator[None]:
 
 @pytest.mark.usefixtures("compiler")
 @all_optimizers
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_a_compiled_step_is_the_eager_one(cls, scheduled):
+def test_a_compiled_step_is_the_eager_one(cls):
     compiled, eager = build_groups(cls, lr=0.1), build_groups(cls, lr=0.1)
-    advance = [S.StepLR(o, 1, gamma=0.5).step if scheduled else (lambda: None) for o in (compiled, eager)]
+    advance = [S.StepLR(o, 1, gamma=0.5).step for o in (compiled, eager)]
     step = torch.compile(compiled.step, backend="aot_eager")
     for seed in range(4):
         for optimizer, do in ((compiled, step), (eager, eager.step)):
@@ -846,8 +843,7 @@ def trainer_of(cls: type, closure: bool = False) -> tuple[nn.Module, Callable[[T
 
 
 @pytest.mark.usefixtures("compiler")
-@all_optimizers
-@pytest.mark.parametrize("closure", [False, True])
+@pytest.mark.parametrize(("cls", "closure"), [(NAMO, False), *((cls, True) for cls in OPTIMIZERS)])
 def test_a_compiled_training_step_is_the_eager_one(cls, closure):
     (module, train), (other, eager) = trainer_of(cls, closure), trainer_of(cls, closure)
     compiled = torch.compile(train, backend="eager")
