@@ -123,9 +123,12 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         optimizer._number = next(_numbers)
         return optimizer
 
+    @torch.compiler.disable(reason="lightning_namo's step runs eagerly")  # type: ignore[untyped-decorator, no-untyped-call]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, without reading the device.
+
+        It runs eagerly, closure included, where torch.compile meets it; what the closure calls may be compiled itself.
 
         Args:
             closure: Re-evaluates the model and returns the loss; run with gradients enabled.
@@ -195,8 +198,9 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
     def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
         """Layouts, families and exchange: built at the first step, and again when the groups have changed."""
+        self._fill_state()
         planned_for = [
-            (id(g), len(g["params"]), g.get("orthogonalizer"), g.get("shape_scale")) for g in self.param_groups
+            (id(g), [*map(id, g["params"])], g.get("orthogonalizer"), g.get("shape_scale")) for g in self.param_groups
         ]
         if self._planned is None or planned_for != self._planned_for or not self._planned[2].is_current:
             self._planned = None

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 from lightning_namo.adamw import adamw_state
 from lightning_namo.adoption import adopted
 from lightning_namo.checkpoint import (
+    STRUCTURE,
     Held,
     check_states,
     complete,
@@ -34,6 +35,8 @@ from lightning_namo.regions import Layout, Region, local_tensor, region_of
 Params: TypeAlias = Iterable[Any] | ParameterGroups
 MomentumDtype = Literal["float32", "bfloat16"]
 MOMENTUM_DTYPES: tuple[str, ...] = get_args(MomentumDtype)
+# Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means in a state.
+ADDED_KEYS: dict[str, Any] = {"transposed": False, "blocks": 1, "momentum_dtype": None}
 
 
 class GroupedOptimizer(Optimizer):
@@ -69,6 +72,7 @@ class GroupedOptimizer(Optimizer):
     has_adopted: bool = False
     _adamw_skipped: Tensor | None = None
     _warned: bool = False
+    _planned: Any = None  # what the step has worked out for these groups; None: nothing yet
 
     def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
         _validate_adamw({key: _plain(value) for key, value in adamw_defaults.items()})
@@ -134,6 +138,7 @@ class GroupedOptimizer(Optimizer):
             if is_matrix:
                 self._layout(label, parameter, group)
         super().add_param_group(group)
+        _drop_duplicates(self.param_groups[-1])
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
 
@@ -226,8 +231,20 @@ class GroupedOptimizer(Optimizer):
         """What a subclass keeps besides momentum."""
         return {}
 
+    def _fill_state(self) -> None:
+        """Give parameters that have no state a fresh one.
+
+        The user has cleared the state, or changed the groups without `add_param_group` (as BackboneFinetuning does
+        when it restores the groups of a resumed run).
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self.state.get(parameter):
+                    self.state[parameter] = self._initial_state(parameter, group)
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; under FSDP1 in the form that FSDP1 can gather (`lightning_namo.checkpoint`)."""
+        self._fill_state()
         state_dict = super().state_dict()
         if holds_fsdp1(self._module()):
             ids = [i for group in state_dict["param_groups"] for i in group["params"]]
@@ -270,14 +287,13 @@ class GroupedOptimizer(Optimizer):
 
     def _held(self) -> list[Held]:
         """The parameters, in the order of the groups."""
+        self._fill_state()
         held = []
         for group in self.param_groups:
             for name, parameter in zip(parameter_names(group), group["params"], strict=True):
                 shape, region = self._regions.get(parameter) or region_of(parameter, name)
                 per_column = self.per_column if self.adaptive and group["orthogonalize"] else None
-                # BackboneFinetuning restores the groups of a resumed run without their state.
-                state = self.state.get(parameter) or self._initial_state(parameter, group)
-                held.append(Held(name, parameter, group, state, shape, region, per_column))
+                held.append(Held(name, parameter, group, self.state[parameter], shape, region, per_column))
         return held
 
     def _read(self, state_dict: dict[str, Any], held: list[Held]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -288,17 +304,19 @@ class GroupedOptimizer(Optimizer):
         if holds_fsdp1(self._module()):
             fill_empty(states, held)
         check_states(states, held, cls)
+        groups = []
         for theirs, own in zip(saved.groups, self.param_groups, strict=True):
             self._check_group(theirs, own)
-        return saved.groups, states
+            structure = {key: own[key] for key in ("name", *STRUCTURE, *ADDED_KEYS) if key in own}
+            groups.append({**structure, **theirs})
+        return groups, states
 
     def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a checkpoint that are missing or out of range."""
         validate, defaults = _validate_adamw, self._adamw_defaults
         if own["orthogonalize"]:
             validate, defaults = self._validate, self._matrix_defaults
-        optional = {"transposed", "blocks", "momentum_dtype"}  # older checkpoints lack the last
-        missing = sorted(defaults.keys() - optional - saved.keys())
+        missing = sorted(defaults.keys() - ADDED_KEYS.keys() - saved.keys())
         try:
             check(not missing, type(self).__name__, ", ".join(missing), "in the checkpoint", "nothing")
             validate({**own, **saved})
@@ -316,8 +334,26 @@ class GroupedOptimizer(Optimizer):
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own if key in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """As torch's, which calls it on load, too: a state that lacks what newer versions have gets their defaults."""
         super().__setstate__(state)
-        self.__dict__.setdefault("_module", _no_module)  # torch calls this on load, too
+        self._planned = None
+        for group in self.param_groups:
+            if group.setdefault("orthogonalize", True):
+                group.update({key: value for key, value in ADDED_KEYS.items() if key not in group})
+        own = self.__dict__
+        for key, value in {"_module": _no_module, "_templates": {}, "_regions": {}}.items():
+            own.setdefault(key, value)
+        for key, is_matrix in {"_matrix_defaults": True, "_adamw_defaults": False}.items():
+            if key not in own:
+                own[key] = self._first_hyper_parameters(is_matrix)
+        own["_matrix_defaults"] = {**ADDED_KEYS, **own["_matrix_defaults"]}
+
+    def _first_hyper_parameters(self, is_matrix: bool) -> dict[str, Any]:
+        """Those of the first group of matrices or of AdamW, as defaults of an optimizer whose state lacks them."""
+        adamw = {"lr": self.defaults["lr"], "weight_decay": 0.0, "momentum": 0.9, "beta2": 0.95, "eps": 1e-8}
+        group = next((group for group in self.param_groups if group["orthogonalize"] == is_matrix), adamw)
+        keys = set(group) - {"params", "param_names", "name", "orthogonalize", "algorithm", "initial_lr", *ADDED_KEYS}
+        return {**{key: group[key] for key in keys}, "lr": group.get("initial_lr", group["lr"])}
 
     def skipped_steps(self) -> int:
         """How often a matrix, or an AdamW group, was left alone (reads the device).
@@ -329,7 +365,7 @@ class GroupedOptimizer(Optimizer):
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
         if self._adamw_skipped is not None:
             counts.append(self._adamw_skipped)
-        return int(torch.stack([count.float() for count in counts]).sum().item())
+        return int(torch.stack([count.float() for count in counts]).sum().item()) if counts else 0
 
     def _count_adamw(self, left_alone: Sequence[Tensor]) -> None:
         for flag in left_alone:
@@ -359,13 +395,22 @@ def _plain(value: Any) -> Any:
     """Numbers as Python's own: subclasses (jsonargparse, numpy) do not load from a checkpoint with weights_only."""
     if isinstance(value, (list, tuple)):
         return type(value)(_plain(item) for item in value)
-    if isinstance(value, Tensor):
-        return value.clone()  # groups are scheduled apart
+    if isinstance(value, Tensor):  # groups are scheduled apart; a number has no dimensions
+        return value.clone().reshape(()) if value.numel() == 1 else value.clone()
     if isinstance(value, bool):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
     return float(value) if isinstance(value, numbers.Real) else value
+
+
+def _drop_duplicates(group: dict[str, Any]) -> None:
+    """Keep the first of each parameter that a group lists more than once, of which torch has warned."""
+    params, names = group["params"], group.get("param_names")
+    kept = sorted({parameter: index for index, parameter in reversed(list(enumerate(params)))}.values())
+    group["params"] = [params[index] for index in kept]
+    if names is not None:
+        group["param_names"] = [names[index] for index in kept]
 
 
 def parameter_names(group: dict[str, Any]) -> list[str]:
@@ -390,6 +435,8 @@ def _check_numbers(group: dict[str, Any], algorithm: str) -> None:
     for key in ("lr", "weight_decay", "momentum", "beta2", "eps"):
         value = group.get(key, 0.0)
         check(isinstance(value, int | float | Tensor), algorithm, key, "a number", repr(value))
+        if isinstance(value, Tensor):
+            check(value.numel() == 1, algorithm, key, "a tensor of one element", f"shape {tuple(value.shape)}")
     steps = group.get("ns_steps", 1)
     check(isinstance(steps, int), algorithm, "ns_steps", "a whole number", repr(steps))
 
