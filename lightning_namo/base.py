@@ -31,7 +31,7 @@ from lightning_namo.agreement import (
 from lightning_namo.checkpoint import some
 from lightning_namo.exchange import Exchange, Published, Stacks
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
-from lightning_namo.orthogonalize import newton_schulz_flops, orthogonalize
+from lightning_namo.orthogonalize import iteration_dtype, newton_schulz_flops, orthogonalize
 from lightning_namo.plan import Matrix
 from lightning_namo.regions import (
     Layout,
@@ -103,9 +103,11 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
     Attributes:
         bucket_bytes: Bound on the bytes of the matrices that a rank assembles at a time; a larger matrix goes alone.
-            None: 8 MiB on CPUs, 32 MiB elsewhere. A step on shards needs about 11 times that above parameters,
-            gradients and state, with three buckets in flight (measured: 7.4 on one rank, 10.9 on two; 12 on two
-            replicas, which receive what all owners computed). Set it before the first step.
+            None: 8 MiB on CPUs, 32 MiB elsewhere. Set it before the first step. Above parameters, gradients and state
+            a step on shards needs about 11 times that, and about 17 times where the iteration runs in float32
+            (`iteration_dtype`), with three buckets in flight. Measured on square matrices, which need most, in
+            bfloat16: 7.4 on one rank, 10.9 on two, 12 on two replicas, which receive what all owners computed; in
+            float32: 13.0, 16.5 and 17.0.
     """
 
     bucket_bytes: int | None = None
@@ -218,6 +220,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                     dtype = parameter.dtype if key in ("exp_avg", "exp_avg_sq") else value.dtype
                     state[key] = value.to(parameter.device, dtype)
             device = entries[0].parameter.device
+            iteration_dtype(device.type)  # a wrong environment variable is refused before ranks wait for one another
             numbers = {id(group): number for number, group in enumerate(self.param_groups)}
             matrices = [
                 Matrix(
@@ -621,7 +624,7 @@ def _valid(family: _Family, grad_sq: Tensor, direction_sq: Tensor, present: Tens
 
 
 def wire_dtype(entry: Entry) -> torch.dtype:
-    """The iteration's dtype where it iterates, else the parameter's."""
+    """In which matrices are communicated: bfloat16 for Newton-Schulz, whatever it iterates in; else the parameter's."""
     return torch.bfloat16 if entry.group["orthogonalizer"] == "newton_schulz" else entry.parameter.dtype
 
 

@@ -20,6 +20,7 @@ from lightning_namo.base import Entry, OrthogonalizedOptimizer, wire_dtype
 from lightning_namo.grid import Grid
 from lightning_namo.grouped import parameter_names
 from lightning_namo.optimizers import AdaMuon
+from lightning_namo.orthogonalize import iteration_dtype
 from lightning_namo.param_groups import clean_name
 from lightning_namo.plan import Matrix, Plan, make_plan
 from lightning_namo.regions import Block
@@ -185,6 +186,7 @@ def estimate(
     rates: Rates = Rates(),
     tokens_per_step: int | None = None,
     divided: Mapping[str, int] = DIVIDED,
+    dtype: torch.dtype | None = None,
 ) -> Estimate:
     """Plan the exchange of an optimizer whose parameters lie whole on this process, as if they were on a grid.
 
@@ -194,16 +196,20 @@ def estimate(
         rates: For the times.
         tokens_per_step: Of all ranks, for the time of forward and backward passes.
         divided: From globs over names of parameters to the dimension that tensor parallelism divides.
+        dtype: In which the ranks run the Newton-Schulz iteration, for the buffers. None: `iteration_dtype` of the
+            parameters' device; for the meta device that is bfloat16, as on accelerators, unless the environment
+            variable says otherwise. For ranks on CPUs give ``iteration_dtype("cpu")``.
 
     Raises:
         ValueError: If the grid has tensor-parallel ranks and nothing to divide is found.
     """
     entries, _, exchange = optimizer._plan()
+    dtype = dtype or iteration_dtype(exchange.device.type)
     whole, R = tuple(exchange.matrices), grid.ranks
     dims = find_divided(optimizer, grid, divided)
     plan = make_plan(publish(whole, entries, grid, dims), exchange.bucket_bytes)
     legs = [_Legs.of(plan, bucket, whole, R) for bucket in plan.buckets]
-    buffers = _peak_buffers(plan, entries, legs, R)
+    buffers = _peak_buffers(plan, entries, legs, R, dtype)
     memory = _memory(optimizer, grid, dims)
     owned, flops = [0] * R, [0] * R
     for owner, matrix in zip(plan.owners, whole, strict=True):
@@ -318,9 +324,11 @@ def overlapped(ways_in: Sequence[float], working: Sequence[float], ways_back: Se
     return max(clock, returned[-1])
 
 
-def _peak_buffers(plan: Plan, entries: Sequence[Entry], legs: Sequence[_Legs], ranks: int) -> list[int]:
+def _peak_buffers(
+    plan: Plan, entries: Sequence[Entry], legs: Sequence[_Legs], ranks: int, dtype: torch.dtype
+) -> list[int]:
     """By rank: what lives at most in `Exchange.map` and what it calls."""
-    of_buckets = [_Scratch.of(plan, entries, bucket, ranks) for bucket in plan.buckets]
+    of_buckets = [_Scratch.of(plan, entries, bucket, ranks, dtype) for bucket in plan.buckets]
     peaks = [0] * ranks
     for rank in range(ranks):
         none = _Scratch.none()
@@ -358,8 +366,10 @@ class _Scratch:
         return cls(0, 0, 0, 0, 0, 0)
 
     @classmethod
-    def of(cls, plan: Plan, entries: Sequence[Entry], bucket: Sequence[int], ranks: int) -> list[_Scratch]:
-        """By rank."""
+    def of(
+        cls, plan: Plan, entries: Sequence[Entry], bucket: Sequence[int], ranks: int, dtype: torch.dtype
+    ) -> list[_Scratch]:
+        """By rank, where the iteration runs in dtype."""
         shards, owned, own = ([0] * ranks for _ in range(3))
         parcels: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
         for index in bucket:
@@ -378,8 +388,10 @@ class _Scratch:
                 elementwise[rank] = max(elementwise[rank], (2 + copies[0]) * local)
                 applied[rank] = max(applied[rank], (1 + copies[1]) * local)
             for m, n in (shape for i in indices for shape in entries[i].layout.matrix_shapes):
-                short, itemsize = min(m, n), wire_dtype(entries[indices[0]]).itemsize
-                squares[owner][short] += (m * n + 4 * short * short) * itemsize
+                short, wire = min(m, n), wire_dtype(entries[indices[0]])
+                squares[owner][short] += (m * n + 4 * short * short) * dtype.itemsize
+                if dtype != wire:  # it ends in a tensor of its own; the results are made after the squares are freed
+                    squares[owner][short] += m * n * (dtype.itemsize - wire.itemsize)
             if entries[indices[0]].group["orthogonalizer"] == "svd":
                 sizes = [math.prod(entries[i].layout.stored) * entries[i].parameter.itemsize for i in indices]
                 working[owner] = max(working[owner], int(SVD_WORKSPACE * sum(sizes)))

@@ -93,6 +93,7 @@ def plan(
         replicas: Copies of the sharded model, of hsdp and fsdp2_tp; by default the recipe's, or ranks / 8 for hsdp.
         tensor: Ranks that share each block, of fsdp2_tp; by default the recipe's, or 2.
         bucket_mib: MiB of matrices that a rank assembles at a time (the optimizer's bucket_bytes; runs on CPUs take 8).
+            Buffers are those of the bfloat16 iteration, unless LIGHTNING_NAMO_ITERATION_DTYPE=float32 is set.
         link_gbytes: GB/s that a rank sends, and receives at the same time.
         tflops: TFLOP/s that a rank achieves in the bfloat16 iteration.
         peak_tflops: TFLOP/s of a rank at best; 989 is the H100's for dense bfloat16 matrices.

@@ -97,7 +97,7 @@ class NAMO(_AdaptiveScale):
         nesterov: Whether N looks ahead.
         ns_steps: Newton-Schulz steps.
         ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
-        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
         shape_scale: s = shape_scale sqrt(max(m, n)) on the update; None: s = 1.
         max_step: Cap of both a and a s; None: no cap.
         decay: "adaptive" (1 - weight_decay a) or "lr" (1 - lr weight_decay, Muon's).
@@ -188,7 +188,7 @@ class NAMOD(_AdaptiveScale):
         clamp: c in (0, 1]: 1 scales all columns alike; None or 0: no clamp.
         ns_steps: Newton-Schulz steps.
         ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
-        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
         shape_scale: s = shape_scale sqrt(max(m, n)) on the update; None: s = 1.
         max_step: Cap of both a_j and a_j s; None: no cap.
         decay: "adaptive" (1 - weight_decay a_j) or "lr" (1 - lr weight_decay, Muon's).
@@ -274,7 +274,7 @@ class Muon(OrthogonalizedOptimizer):
         nesterov: Whether N looks ahead.
         ns_steps: Newton-Schulz steps.
         ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
-        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
         shape_scale: s = shape_scale sqrt(max(m, n)), which at 0.2 gives the update AdamW's RMS; None: s = 1.
         adamw_lr: Learning rate of the AdamW groups; None: ``lr``.
         adamw_betas: AdamW's betas.
@@ -342,7 +342,7 @@ class AdaMuon(OrthogonalizedOptimizer):
         nesterov: Whether N looks ahead (official code) or not (paper).
         ns_steps: Newton-Schulz steps.
         ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
-        orthogonalizer: "newton_schulz" (bfloat16) or "svd" (exact).
+        orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
         shape_scale: RMS of the update in units of lr; 0.2 is AdamW's. None: 1.
         adamw_lr: Learning rate of the AdamW groups; None: ``lr``.
         adamw_betas: AdamW's betas.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -25,7 +26,12 @@ Method = Literal["newton_schulz", "svd"]
 Triple: TypeAlias = tuple[float, float, float]
 Coefficients: TypeAlias = Literal["quintic", "polar_express"] | Sequence[float] | Sequence[Sequence[float]]
 
+ITERATION_DTYPE = "LIGHTNING_NAMO_ITERATION_DTYPE"
+"""Environment variable that sets `iteration_dtype`: "bfloat16" or "float32"."""
+
+_ITERATION_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _NORM_EPS = 1e-7  # added to the Frobenius norm before the iteration, as in the official code
+_SCALED_LARGEST = 2.0**47  # element of a matrix whose norm overflowed: squared, float32 holds the sum of 2^33 of it
 _SMALLEST_SQUARE = 64  # short side from which on steps go by way of the Gram square
 _SMALLEST_SQUARE_OF_THREE = 512  # from which on three in a row do
 _GROWTH_OF_THREE = 45.0  # if their a1 a2 a3 is no larger; the quintic's is 41
@@ -131,13 +137,17 @@ def orthogonalize(
         ns_coefficients: "quintic" (Muon's; singular values land in [0.68, 1.20]), "polar_express" (in
             [0.86, 1.14] for inputs of at least 0.003 of the Frobenius norm), or triples (a, b, c).
         dtype: In which the iteration runs; None: `iteration_dtype` of the device.
-        workspace: Where Newton-Schulz's results lie too: they are valid until its frame ends. None: they are new.
+        workspace: Memory that is used again, for the iteration and for its results, which are valid until the
+            workspace's frame ends. The Frobenius norms of the matrices must then be below 1.8e19 (float64: 1.3e154),
+            so that their squares do not overflow. None: new memory, and finite matrices of any norm.
 
     Returns:
-        Tensors of the same shapes and dtypes as the input's, without a gradient; a list for a list.
+        Tensors of the same shapes and dtypes as the input's, without a gradient; a list for a list. A matrix with a NaN
+        or an infinity gives NaN throughout by "newton_schulz", and zeros by "svd"; the others are not affected.
 
     Raises:
-        ValueError: For unknown methods or coefficients, ``ns_steps`` below 1, or tensors that are no matrices.
+        ValueError: For unknown methods or coefficients, ``ns_steps`` below 1, tensors that are no matrices, or a wrong
+            value in the environment variable that `iteration_dtype` reads.
 
     Example:
         >>> import torch
@@ -217,9 +227,13 @@ def _newton_schulz(
     for (_, lengths, working, _), indices in together.items():
         turned = [_stored_transposed(batches[i]) for i in indices]
         stored = [batches[i].mT if turn else batches[i] for i, turn in zip(indices, turned, strict=True)]
-        polar = _iterate(stored, polynomials, lengths, working, workspace)
-        for i, turn, result in zip(indices, turned, polar, strict=True):
-            results[i] = (result.mT if turn else result).to(batches[i].dtype)
+        # Results that are converted are new tensors: the iteration's memory is free for the next matrices.
+        converted = all(batches[i].dtype != working for i in indices)
+        with workspace.frame() if workspace and converted else nullcontext():
+            polar = _iterate(stored, polynomials, lengths, working, workspace)
+            for i, turn, result in zip(indices, turned, polar, strict=True):
+                results[i] = (result.mT if turn else result).to(batches[i].dtype)
+            del polar, result
     return results
 
 
@@ -244,7 +258,8 @@ def _iterate(
         others = [_take(workspace, batch.shape, dtype, device) for batch in batches]
         xs, ys = (results, others) if len(lengths) % 2 == 0 else (others, results)
         for batch, x in zip(batches, xs, strict=True):
-            _normalize(batch, out=x)
+            # The optimizers pass a workspace, and matrices whose norms do not overflow: no time is spent on that there.
+            _normalize(batch, out=x, may_overflow=workspace is None)
         squares = _take(workspace, (4, sum(sizes), short, short), dtype, device)
         steps = iter(polynomials)
         for length in lengths:
@@ -314,18 +329,41 @@ def _is_wide(batch: Tensor) -> bool:
     return batch.shape[-2] <= batch.shape[-1]
 
 
-def _normalize(batch: Tensor, out: Tensor) -> None:
-    """Each matrix by its Frobenius norm, summed in at least float32 (bfloat16 on a CPU: by rows, rounded)."""
-    norm_dtype = torch.promote_types(torch.promote_types(batch.dtype, out.dtype), torch.float32)
+def _normalize(batch: Tensor, out: Tensor, may_overflow: bool = True) -> None:
+    """Divide each matrix by its Frobenius norm.
+
+    Where the square of the norm overflows and all elements are finite, the matrix is first scaled by a power of two,
+    which rounds nothing that is left after the division. Other matrices give the same bits with and without
+    may_overflow.
+
+    Args:
+        batch: (B, m, n).
+        out: The results, (B, m, n).
+        may_overflow: Whether the norm may overflow.
+    """
+    norm = _frobenius_norm(batch, out.dtype)
+    if may_overflow:
+        largest = torch.linalg.vector_norm(batch, math.inf, dim=(-2, -1), keepdim=True, dtype=norm.dtype)
+        overflows = norm.isinf() & largest.isfinite()
+        # largest = mantissa * 2^exponent: the scale is a power of two, and neither overflows nor underflows.
+        scale = torch.where(overflows, torch.frexp(largest).mantissa * _SCALED_LARGEST / largest, 1)
+        batch = batch * scale.to(batch.dtype)
+        norm = torch.where(overflows, _frobenius_norm(batch, out.dtype), norm)
+    norm = norm + _NORM_EPS
     on_cpu = batch.device.type == "cpu"
-    if on_cpu and batch.dtype == torch.bfloat16 and batch.shape[-2] >= 64:  # no float32 copy; the roundings average out
-        rows = torch.linalg.vector_norm(batch, dim=-1).to(norm_dtype)
-        norm = torch.linalg.vector_norm(rows, dim=-1)[:, None, None] + _NORM_EPS
-    else:
-        norm = torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=norm_dtype) + _NORM_EPS
     if len(batch) == 1 and on_cpu and out.itemsize <= batch.itemsize:  # no promoted copy: the divisor has no dimensions
         batch, norm, out = batch[0], norm[0, 0, 0], out[0]
     torch.div(batch, norm, out=out)
+
+
+def _frobenius_norm(batch: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1, 1), summed in at least float32, and in dtype if that is wider (bfloat16 on a CPU: by rows, rounded)."""
+    norm_dtype = torch.promote_types(torch.promote_types(batch.dtype, dtype), torch.float32)
+    on_cpu = batch.device.type == "cpu"
+    if on_cpu and batch.dtype == torch.bfloat16 and batch.shape[-2] >= 64:  # no float32 copy; the roundings average out
+        rows = torch.linalg.vector_norm(batch, dim=-1).to(norm_dtype)
+        return cast(Tensor, torch.linalg.vector_norm(rows, dim=-1))[:, None, None]
+    return cast(Tensor, torch.linalg.vector_norm(batch, dim=(-2, -1), keepdim=True, dtype=norm_dtype))
 
 
 def _lengths(polynomials: Sequence[Triple], short: int, long: int) -> tuple[int, ...]:
@@ -364,12 +402,34 @@ def newton_schulz_flops(shape: tuple[int, int], ns_steps: int, ns_coefficients: 
     return _flops(short, long, _lengths(newton_schulz_polynomials(ns_coefficients, ns_steps), short, long))
 
 
-@cache
 def iteration_dtype(device_type: str) -> torch.dtype:
-    """bfloat16 where the device has instructions for its products, else float32.
+    """bfloat16 where the device has instructions for its products, else float32: in which Newton-Schulz iterates.
 
-    A CPU without them is slower in bfloat16 than in float32: 1.3 times with AVX-512, 40 times with AVX2 (measured).
+    The environment variable LIGHTNING_NAMO_ITERATION_DTYPE, "bfloat16" or "float32", overrules the device. Processes
+    that are started later inherit it. Results of the optimizers are communicated in bfloat16 in both cases.
+
+    A CPU without the instructions is slower in bfloat16 than in float32: 1.3 times with AVX-512, 40 times with AVX2
+    (measured).
+
+    Args:
+        device_type: As in ``torch.device.type``.
+
+    Raises:
+        ValueError: If the environment variable has another value.
     """
+    name = os.environ.get(ITERATION_DTYPE)
+    if not name:
+        return _fastest_dtype(device_type)
+    if name not in _ITERATION_DTYPES:
+        raise ValueError(
+            f"Expected the environment variable {ITERATION_DTYPE} to be 'bfloat16' or 'float32', or not to be set. "
+            f"Got {name!r}."
+        )
+    return _ITERATION_DTYPES[name]
+
+
+@cache
+def _fastest_dtype(device_type: str) -> torch.dtype:
     if device_type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device_type == "cpu":

@@ -29,8 +29,9 @@ from lightning_namo.grid import Grid, chunk
 from lightning_namo.regions import local_tensor
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import LAYOUTS
-from tests.distributed.test_memory import BUCKET, SIZE, peak_of_a_step
+from tests.distributed.test_memory import bucket, peak_of_a_step, size
 from tests.distributed.worker import Wire, counted, new_module
+from tests.iteration import ITERATIONS, iterating_in
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
@@ -86,7 +87,8 @@ def real_ranks(rank: int, sharded: tuple[tuple[int, int], ...]) -> dict[Any, Any
         )
         shard(module, mesh, replicas=replicas)
         facts[replicas, tensor] = facts_of(module, "namo", None)
-    facts["peak"] = peak_of_a_step(rank, 24)
+    for iteration in ITERATIONS:
+        facts["peak", iteration] = peak_of_a_step(rank, 24, iteration)
     return facts
 
 
@@ -132,13 +134,28 @@ def test_a_sharded_gpt2_is_as_estimated(world_size: int, replicas: int, tensor: 
     check(result, [facts[replicas, tensor] for facts in real(world_size)])
 
 
-@pytest.mark.parametrize("world_size", SHARDED)
-def test_peak_buffers_are_within_a_tenth_of_measured_ones(world_size: int) -> None:
+def square_matrices(iteration: str) -> OrthogonalizedOptimizer:
     with torch.device("meta"):
-        optimizer = NAMO([nn.Parameter(torch.empty(SIZE, SIZE)) for _ in range(24)])
-    optimizer.bucket_bytes = BUCKET
-    expected = max(rank.buffers for rank in estimate(optimizer, Grid.of("fsdp2", world_size)).ranks)
-    assert expected == pytest.approx(max(facts["peak"] for facts in real(world_size)), rel=0.1)
+        optimizer = NAMO([nn.Parameter(torch.empty(size(iteration), size(iteration))) for _ in range(24)])
+    optimizer.bucket_bytes = bucket(iteration)
+    return optimizer
+
+
+@pytest.mark.parametrize("world_size", SHARDED)
+@pytest.mark.parametrize("iteration", ITERATIONS)
+def test_peak_buffers_are_within_a_tenth_of_measured_ones(iteration: str, world_size: int) -> None:
+    result = estimate(square_matrices(iteration), Grid.of("fsdp2", world_size), dtype=getattr(torch, iteration))
+    expected = max(rank.buffers for rank in result.ranks)
+    assert expected == pytest.approx(max(facts["peak", iteration] for facts in real(world_size)), rel=0.1)
+
+
+def test_buffers_are_those_of_the_iteration_that_the_environment_sets_and_of_bfloat16_by_default() -> None:
+    grid, optimizer = Grid.of("fsdp2", 2), square_matrices("float32")
+    given = {name: estimate(optimizer, grid, dtype=getattr(torch, name)).ranks for name in ITERATIONS}
+    assert given["float32"] != given["bfloat16"]
+    for name, expected in ((None, "bfloat16"), *zip(ITERATIONS, ITERATIONS, strict=True)):
+        with iterating_in(name):
+            assert estimate(optimizer, grid).ranks == given[expected]
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 7, 8, 19, 23])

@@ -122,6 +122,7 @@ def test_the_plain_iteration_follows_the_official_code(case):
 # an update (single steps: 7e-2), against the same iteration in float64. The package rounds less, so that it comes
 # nearer to float64 than to the official code.
 @pytest.mark.parametrize("case", [case for case in CASES if "newton_schulz" in case])
+@pytest.mark.usefixtures("iteration")
 def test_newton_schulz_follows_the_official_code_within_its_rounding(case):
     _, official, _ = load(case)
     exact = paper(case, partial(reference.newton_schulz, dtype=torch.float64), torch.float64)

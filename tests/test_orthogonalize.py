@@ -1,19 +1,31 @@
 """Polar factors: exact, and by Newton-Schulz against its polynomials in float64 and in plain bfloat16."""
 
+import subprocess
+import sys
 from collections import defaultdict
 
 import pytest
 import torch
+from iteration import ITERATIONS, iterating_in
 from reference import POLAR_EXPRESS, QUINTIC, newton_schulz, polar
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_namo import orthogonalize
-from lightning_namo.orthogonalize import _NORM_EPS, _normalize, iteration_dtype, newton_schulz_flops
+from lightning_namo import NAMO, orthogonalize
+from lightning_namo.orthogonalize import (
+    _NORM_EPS,
+    ITERATION_DTYPE,
+    _fastest_dtype,
+    _normalize,
+    iteration_dtype,
+    newton_schulz_flops,
+)
+from lightning_namo.workspace import Workspace
 
 POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
 RANGES = {"quintic": (0.68, 1.205), "polar_express": (0.86, 1.14)}  # of outputs, where inputs are >= 0.003
 # long / short = 1 ... 4; from 64 and 1.5 on steps go by way of the Gram square
+each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=ITERATIONS)
 SHAPES = [(64, 64), (128, 128), (32, 64), (128, 64), (48, 144), (192, 48), (64, 256), (256, 64)]
 
 
@@ -36,52 +48,58 @@ def relative(actual, expected):
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
-def test_bfloat16_is_no_less_exact_than_the_plain_iteration(coefficients, shape, power):
+@each_dtype
+def test_it_is_no_less_exact_than_the_plain_iteration(dtype, coefficients, shape, power):
     polynomials = POLYNOMIALS[coefficients]
     spectrum = torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power
     ours = plain = 0.0
     for seed in range(3):
         X = matrix(*shape, spectrum, seed=seed)
         exact = newton_schulz(X.double(), polynomials, torch.float64)
-        ours += relative(orthogonalize(X, ns_coefficients=coefficients), exact)
-        plain += relative(newton_schulz(X, polynomials), exact)
+        ours += relative(orthogonalize(X, ns_coefficients=coefficients, dtype=dtype), exact)
+        plain += relative(newton_schulz(X, polynomials, dtype), exact)
     assert ours <= plain
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
-def test_a_list_of_many_shapes_is_no_less_exact_than_the_plain_iteration(coefficients, shape):
+@each_dtype
+def test_a_list_of_many_shapes_is_no_less_exact_than_the_plain_iteration(dtype, coefficients, shape):
     """In a list, matrices of one short side may share a batch."""
     shapes = [shape, shape[::-1], (min(shape), 3 * min(shape)), (min(shape), min(shape))]
     matrices = [
         matrix(m, n, 1 / torch.arange(1, min(m, n) + 1, dtype=torch.float64), seed=seed)
         for seed, (m, n) in enumerate(shapes)
     ]
-    for X, Q in zip(matrices, orthogonalize(matrices, ns_coefficients=coefficients), strict=True):
+    for X, Q in zip(matrices, orthogonalize(matrices, ns_coefficients=coefficients, dtype=dtype), strict=True):
         exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
-        assert relative(Q, exact) <= relative(newton_schulz(X, POLYNOMIALS[coefficients]), exact)
+        assert relative(Q, exact) <= relative(newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact)
 
 
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
-def test_of_flat_spectra_the_error_is_smaller_on_average_over_sizes(coefficients):
+@each_dtype
+def test_of_flat_spectra_the_error_is_smaller_on_average_over_sizes(dtype, coefficients):
     """All singular values are one number there, and the error is how that one happens to round."""
     ours = plain = 0.0
     for short in range(64, 160, 8):
         X = matrix(short, 2 * short, torch.ones(short, dtype=torch.float64))
         exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
-        ours += relative(orthogonalize(X, ns_coefficients=coefficients), exact) ** 2
-        plain += relative(newton_schulz(X, POLYNOMIALS[coefficients]), exact) ** 2
+        ours += relative(orthogonalize(X, ns_coefficients=coefficients, dtype=dtype), exact) ** 2
+        plain += relative(newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact) ** 2
     assert ours <= plain
 
 
 @pytest.mark.parametrize("power", [0.25, 0.5, 0.75, 1.0, 2.0])
 @pytest.mark.parametrize("shape", [(72, 216), (200, 100), (1536, 512), (768, 1536), (900, 771)])
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
-def test_steps_by_way_of_the_square_are_no_less_exact(coefficients, shape, power):
+@each_dtype
+def test_steps_by_way_of_the_square_are_no_less_exact(dtype, coefficients, shape, power):
+    if dtype == torch.bfloat16 and min(shape) > 200 and _fastest_dtype("cpu") != dtype:
+        pytest.skip("large matrices in bfloat16 take minutes on a CPU without its instructions")
     X = matrix(*shape, torch.arange(1, min(shape) + 1, dtype=torch.float64) ** -power)
     exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
-    ours = relative(orthogonalize(X, ns_coefficients=coefficients), exact)
-    assert ours <= relative(newton_schulz(X, POLYNOMIALS[coefficients]), exact)
+    ours = relative(orthogonalize(X, ns_coefficients=coefficients, dtype=dtype), exact)
+    assert ours <= relative(newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7])
@@ -144,7 +162,7 @@ def test_coefficients_of_ones_own_are_taken_in_their_order(triples):
     assert relative(Q, newton_schulz(X, triples, torch.float64)) < 1e-10
 
 
-@pytest.mark.parametrize(("dtype", "slack"), [(torch.float64, 0.0), (torch.bfloat16, 0.02)])
+@pytest.mark.parametrize(("dtype", "slack"), [(torch.float64, 0.0), (torch.float32, 0.0), (torch.bfloat16, 0.02)])
 @pytest.mark.parametrize("shape", [(64, 64), (64, 192), (192, 64)])
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
 def test_singular_values_land_in_the_published_range(coefficients, shape, dtype, slack):
@@ -224,18 +242,64 @@ class Products(TorchDispatchMode):
 def test_a_cpu_iterates_in_bfloat16_where_it_has_the_instructions(monkeypatch, capabilities, expected):
     """What the CPU can do is stood in for: there is one CPU here."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    iteration_dtype.cache_clear()
+    monkeypatch.delenv(ITERATION_DTYPE, raising=False)
+    _fastest_dtype.cache_clear()
     try:
         assert iteration_dtype("cpu") is expected
         X = matrix(64, 128)
         assert torch.equal(orthogonalize(X), orthogonalize(X, dtype=expected))
     finally:
-        iteration_dtype.cache_clear()
+        _fastest_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_the_environment_variable_overrules_every_device(iteration, device):
+    assert iteration_dtype(device) is getattr(torch, iteration)
+
+
+def test_matrices_are_iterated_in_the_dtype_of_the_environment_variable_unless_they_are_given_one(iteration):
+    X, dtype = matrix(24, 48), getattr(torch, iteration)
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    assert torch.equal(orthogonalize(X), orthogonalize(X, dtype=dtype))
+    assert not torch.equal(orthogonalize(X), orthogonalize(X, dtype=other))
+    with iterating_in(None):
+        assert torch.equal(orthogonalize(X, dtype=dtype), orthogonalize(X, dtype=iteration_dtype("cpu"))) == (
+            iteration_dtype("cpu") == dtype
+        )
+
+
+def test_processes_that_are_started_inherit_the_environment_variable(iteration):
+    program = "from lightning_namo.orthogonalize import iteration_dtype; print(iteration_dtype('cpu'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == f"torch.{iteration}"
+
+
+@pytest.mark.parametrize("value", ["fp32", "torch.float32", "float64", "FLOAT32", " "])
+def test_another_value_of_the_environment_variable_is_refused_in_words(value):
+    message = rf"Expected .* {ITERATION_DTYPE} to be 'bfloat16' or 'float32', or not to be set. Got '{value}'."
+    with iterating_in(value), pytest.raises(ValueError, match=message):
+        orthogonalize(matrix(3, 5))
+    optimizer = NAMO([torch.nn.Parameter(matrix(3, 5))])
+    with iterating_in(value), pytest.raises(ValueError, match=message):
+        optimizer.step()  # without a gradient: on every rank, whatever it owns
+
+
+def test_the_memory_of_an_iteration_whose_results_are_converted_is_used_for_the_next_matrices(iteration):
+    """Of two short sides, so that there are two iterations; a float32 one of bfloat16 matrices converts."""
+    matrices = [matrix(32, 64).bfloat16(), matrix(24, 64).bfloat16()]
+    sizes = []
+    for given in (matrices[:1], matrices):
+        workspace = Workspace()
+        with workspace.frame():
+            orthogonalize(given, workspace=workspace)
+        sizes.append(workspace.nbytes)
+    results = 0 if iteration == "float32" else matrices[0].nbytes  # of the first, which stay
+    assert sizes[1] <= sizes[0] + results
 
 
 # --- what it takes and gives ----------------------------------------------------------------------
 
-METHODS = [{"method": "svd"}, {"dtype": torch.float64}, {"dtype": torch.float32}, {}]
+METHODS = [{"method": "svd"}, {"dtype": torch.float64}, {"dtype": torch.float32}, {"dtype": torch.bfloat16}]
 each_method = pytest.mark.parametrize("method", METHODS, ids=["svd", "float64", "float32", "bfloat16"])
 
 
@@ -287,7 +351,7 @@ def test_a_zero_matrix_stays_zero(method, shape):
 def test_large_and_small_numbers_of_16_bits_are_normalized(dtype, scale):
     """The norm of a row of these does not fit into float16."""
     X = (matrix(64, 96).clamp(-2, 2) * scale).to(dtype)
-    for working in (None, torch.float32):
+    for working in (torch.bfloat16, torch.float32):
         assert relative(orthogonalize(X, dtype=working), orthogonalize(X.float(), dtype=working).double()) <= 4e-2
 
 
@@ -300,13 +364,87 @@ def test_a_wider_iteration_divides_in_its_own_dtype(dtype, wider):
     )
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.bfloat16, 1e-2), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1)])
-def test_a_single_row_or_column_is_normalized(shape):
+def test_a_single_row_or_column_is_normalized(shape, dtype, rtol):
     X = matrix(*shape)
     torch.testing.assert_close(orthogonalize(X, method="svd"), X / X.norm())
-    Q = orthogonalize(X)
+    Q = orthogonalize(X, dtype=dtype)
     assert 0.68 <= Q.norm() <= 1.205
-    torch.testing.assert_close(Q / Q.norm(), X / X.norm(), rtol=1e-2, atol=0)
+    torch.testing.assert_close(Q / Q.norm(), X / X.norm(), rtol=rtol, atol=0)
+
+
+# By dtype: 2^k times elements of about 1 is a matrix whose squared norm overflows, but for float16; and one that is far
+# from it, beside whose norm 1e-7 is nothing.
+LARGE = {torch.float16: (14, 10), torch.bfloat16: (120, 40), torch.float32: (120, 40), torch.float64: (1000, 40)}
+
+
+def of_exponent(shape, exponent, dtype, seed=0):
+    """Numbers of float16's precision at most, so that every dtype has them."""
+    return matrix(*shape, seed=seed).clamp(-2, 2).to(torch.bfloat16).to(torch.float64).mul(2.0**exponent).to(dtype)
+
+
+@each_method
+@pytest.mark.parametrize("dtype", LARGE)
+@pytest.mark.parametrize("shape", [(1, 1), (12, 12), (70, 100), (100, 70)])
+def test_a_matrix_whose_norm_overflows_is_orthogonalized_as_a_smaller_one(method, dtype, shape):
+    (huge, expected), (second, second_expected) = (
+        [of_exponent(shape, exponent, dtype, seed) for exponent in LARGE[dtype]] for seed in (0, 1)
+    )
+    same = torch.equal if "method" not in method else lambda a, b: relative(a, b.double()) <= 4 * torch.finfo(dtype).eps
+    for turned in (lambda X: X, lambda X: X.mT.contiguous().mT):
+        Q = orthogonalize(turned(expected), **method)
+        assert Q.norm() >= 0.6
+        assert same(orthogonalize(turned(huge), **method), Q)
+        batch = orthogonalize(turned(torch.stack([huge, second])), **method)
+        assert same(batch, orthogonalize(turned(torch.stack([expected, second_expected])), **method))
+        results = orthogonalize([turned(huge), turned(second)], **method)
+        for of_huge, of_expected in zip(
+            results, orthogonalize([turned(expected), turned(second_expected)], **method), strict=True
+        ):
+            assert same(of_huge, of_expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_largest_numbers_are_orthogonalized(dtype):
+    largest = torch.finfo(dtype).max
+    Q = orthogonalize(torch.diag(torch.tensor([largest, -largest, largest], dtype=dtype)), dtype=torch.float64)
+    expected = orthogonalize(torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)), dtype=torch.float64)
+    assert relative(Q, expected) <= max(1e-6, torch.finfo(dtype).eps)  # of the 1e-7 on a norm of 1.7
+
+
+@each_dtype
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("exponent", [-120, -60, -10, 0, 10, 60])
+def test_a_matrix_beside_one_whose_norm_overflows_keeps_its_bits(dtype, given, exponent):
+    """With a workspace, as the optimizers call it, nothing is done about the norm."""
+    shapes = [(12, 12), (70, 100), (100, 70)]
+    matrices = [
+        of_exponent(shape, exponent, given).where(torch.tensor(given != torch.float16 or exponent <= 10), 1)
+        for shape in shapes
+    ]
+    huge = [of_exponent(shape, LARGE[given][0], given) for shape in shapes]
+    for X, Y in zip(matrices, huge, strict=True):
+        workspace = Workspace()
+        with workspace.frame():
+            expected = orthogonalize(torch.stack([X, X]), dtype=dtype, workspace=workspace)[0].clone()
+        assert torch.equal(orthogonalize(torch.stack([X, Y]), dtype=dtype)[0], expected)
+
+
+@each_dtype
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("given", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_matrix_that_is_not_finite_gives_nan_by_iteration_and_zeros_by_svd(dtype, bad, given):
+    X = of_exponent((6, 9), LARGE[given][0], given)
+    X[2, 3] = bad
+    assert orthogonalize(X, dtype=dtype).isnan().all()
+    assert torch.equal(orthogonalize(X, method="svd"), torch.zeros_like(X))
+
+
+@each_dtype
+def test_the_iteration_reads_nothing_from_the_device(dtype):
+    """There is nothing to read on the meta device: it would raise."""
+    assert orthogonalize([torch.ones(4, 6, device="meta"), torch.ones(2, 6, 4, device="meta")], dtype=dtype)[0].is_meta
 
 
 @each_method

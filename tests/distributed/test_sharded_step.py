@@ -11,9 +11,10 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.worker import ALGORITHMS, STEPS, compare_layouts, expected_results
 
-# Relative to the weights' norm. The bfloat16 iteration sees the same bits on every layout, so what is left is float32
-# rounding in the sums of squares (measured: at most 1.2e-7).
-TOLERANCES = {"float64-exact": 1e-12, "float32-exact": 1e-6, "bfloat16-iteration": 1e-6}
+# Relative to the weights' norm. The iteration sees the same bits on every layout, in both dtypes, so what is left is
+# float32 rounding in the sums of squares (measured: at most 1.2e-7).
+TOLERANCES = {"float64-exact": 1e-12, "float32-exact": 1e-6, "bfloat16-iteration": 1e-6, "float32-iteration": 1e-6}
+ITERATED = ("bfloat16-iteration", "float32-iteration")  # matrices are sent in bfloat16 in both
 WORLD_SIZES = (1, 2, 3, 4)
 
 
@@ -40,12 +41,13 @@ def test_sharded_step_equals_single_process(algorithm: str, layout: str, variant
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("variant", ITERATED)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_rank_ends_with_the_same_weights_and_runs_the_same_collectives(
-    algorithm: str, layout: str, world_size: int
+    algorithm: str, layout: str, variant: str, world_size: int
 ) -> None:
-    cases = [answer["bfloat16-iteration", algorithm, layout] for answer in answers(world_size)]
+    cases = [answer[variant, algorithm, layout] for answer in answers(world_size)]
     assert all(case["replicas"] == cases[0]["replicas"] for case in cases)
     assert all(case["wire"].calls == cases[0]["wire"].calls for case in cases)
     assert cases[0]["wire"].calls.count("all_reduce") >= STEPS - 1
@@ -53,10 +55,11 @@ def test_every_rank_ends_with_the_same_weights_and_runs_the_same_collectives(
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
+@pytest.mark.parametrize("variant", ITERATED)
 @pytest.mark.parametrize("layout", ["fsdp1", "fsdp2-even", "fsdp2-shard1"])
 @pytest.mark.parametrize("algorithm", ["namo", "namo_d", "muon"])
-def test_bytes_sent_keep_to_the_formula(algorithm: str, layout: str, world_size: int) -> None:
-    cases = [answer["bfloat16-iteration", algorithm, layout] for answer in answers(world_size)]
+def test_bytes_sent_keep_to_the_formula(algorithm: str, layout: str, variant: str, world_size: int) -> None:
+    cases = [answer[variant, algorithm, layout] for answer in answers(world_size)]
     R, steps, elements = world_size, STEPS - 1, cases[0]["elements"]
     formula = 2 * (R - 1) / R * elements / R * 2
     average = sum(case["wire"].exchanged for case in cases) / R / steps
@@ -65,7 +68,8 @@ def test_bytes_sent_keep_to_the_formula(algorithm: str, layout: str, world_size:
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
-def test_under_ddp_only_results_travel(world_size: int) -> None:
-    cases = [answer["bfloat16-iteration", "namo", "ddp"] for answer in answers(world_size)]
+@pytest.mark.parametrize("variant", ITERATED)
+def test_under_ddp_only_results_travel(variant: str, world_size: int) -> None:
+    cases = [answer[variant, "namo", "ddp"] for answer in answers(world_size)]
     results = (world_size - 1) * cases[0]["elements"] * 2  # each owner sends its polar factors to all others
     assert sum(case["wire"].exchanged for case in cases) == results * (STEPS - 1)

@@ -16,12 +16,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
 from lightning_namo.base import OrthogonalizedOptimizer
 from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients, whole
+from tests.iteration import iterating_in
 
 ALGORITHMS = {"namo": NAMO, "namo_d": NAMOD, "muon": Muon, "adamuon": AdaMuon}
-VARIANTS = {  # name: (dtype, orthogonalizer)
-    "float64-exact": (torch.float64, "svd"),
-    "float32-exact": (torch.float32, "svd"),
-    "bfloat16-iteration": (torch.float32, "newton_schulz"),
+VARIANTS = {  # name: (dtype, orthogonalizer, dtype of the iteration)
+    "float64-exact": (torch.float64, "svd", None),
+    "float32-exact": (torch.float32, "svd", None),
+    "bfloat16-iteration": (torch.float32, "newton_schulz", "bfloat16"),
+    "float32-iteration": (torch.float32, "newton_schulz", "float32"),
 }
 STEPS = 3
 
@@ -115,13 +117,14 @@ def gathered_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def expected_results(variant: str) -> dict[Any, Any]:
     """What one process, without a process group, makes of every algorithm and module."""
-    dtype, orthogonalizer = VARIANTS[variant]
+    dtype, orthogonalizer, iteration = VARIANTS[variant]
     results = {}
     for kind in {kind for kind, _ in LAYOUTS.values()}:
         for algorithm in ALGORITHMS:
             module = new_module(kind, dtype)
             grads = [prescribed_gradients(module, step) for step in range(STEPS)]
-            optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, Wire())
+            with iterating_in(iteration):
+                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, Wire())
             results[algorithm, kind.__name__] = gathered_weights(module), gathered_state(optimizer)
     return results
 
@@ -136,7 +139,7 @@ def compare_layouts(rank: int, layouts: list[str], expected: dict[str, Any]) -> 
     """For each variant, algorithm and layout: relative errors of weights and state, what was sent, a checksum."""
     answers = {}
     for variant, layout in itertools.product(expected, layouts):
-        dtype, orthogonalizer = VARIANTS[variant]
+        dtype, orthogonalizer, iteration = VARIANTS[variant]
         kind, wrap = LAYOUTS[layout]
         plain = new_module(kind, dtype)
         grads = [prescribed_gradients(plain, step) for step in range(STEPS)]
@@ -147,7 +150,8 @@ def compare_layouts(rank: int, layouts: list[str], expected: dict[str, Any]) -> 
                 for parameter, value in zip(module.parameters(), start, strict=True):
                     getattr(parameter, "_local_tensor", parameter).copy_(value)
             wire = Wire()
-            optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, wire)
+            with iterating_in(iteration):
+                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, wire)
             weights, state = gathered_weights(module), gathered_state(optimizer)
             wanted_weights, wanted_state = expected[variant][algorithm, kind.__name__]
             assert weights.keys() == wanted_weights.keys()
