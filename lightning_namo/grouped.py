@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_namo.adamw import adamw_state
+from lightning_namo.adamw import adamw_state, check_memory
 from lightning_namo.adoption import adopted
 from lightning_namo.checkpoint import (
     Held,
@@ -131,6 +131,8 @@ class GroupedOptimizer(Optimizer):
         _validate_adamw(group) if not is_matrix else self._validate(group)
         for index, parameter in enumerate(bare):
             label = params[index][0] if isinstance(params[index], tuple) else f"parameter {index}"
+            if isinstance(parameter, Tensor):
+                check_memory(label, parameter)
             if is_matrix:
                 self._layout(label, parameter, group)
         super().add_param_group(group)
