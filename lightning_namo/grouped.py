@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import numbers
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
 
@@ -16,16 +18,17 @@ from torch.optim.optimizer import Optimizer
 from lightning_namo.adamw import adamw_state, check_memory
 from lightning_namo.adoption import adopted
 from lightning_namo.checkpoint import (
+    STRUCTURE,
     Held,
     check_states,
     complete,
     fill_empty,
     flat_form,
     holds_fsdp1,
+    laid_out,
     number_by_module,
     plain_form,
     read,
-    restore_statistics,
 )
 from lightning_namo.orthogonalize import newton_schulz_polynomials
 from lightning_namo.param_groups import ParameterGroups
@@ -241,7 +244,10 @@ class GroupedOptimizer(Optimizer):
 
         (torch casts to the parameter's dtype: statistics stay float32, the momentum its ``momentum_dtype``.)
 
-        Collective under FSDP1, and with ``adopt_state``.
+        State of a parameter's shape is laid out like the parameter, in memory and over the ranks: it may have been
+        saved whole, as FSDP1 cuts it, or as DTensors of any mesh whose processes are there.
+
+        Collective under FSDP1, with ``adopt_state``, and where a state is a DTensor of another layout.
 
         Args:
             state_dict: Of an optimizer of the same class over the same parameters, saved under any strategy; with
@@ -250,25 +256,29 @@ class GroupedOptimizer(Optimizer):
         Raises:
             ValueError: If it is of another algorithm, model or routing, or incomplete; nothing is loaded then.
         """
-        held, module, groups = self._held(), self._module(), self.param_groups
-        self.has_adopted = False
+        state_dict = state_dict.copy()  # hooks may change it
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        held, module, has_adopted = self._held(), self._module(), False
         try:
             groups, states = self._read(state_dict, held)
         except ValueError as error:
             if not self.adopt_state:
                 raise
-            states = adopted(state_dict, held, module, type(self).__name__, str(error))
+            groups, states = self.param_groups, adopted(state_dict, held, module, type(self).__name__, str(error))
             self._start_from([state for state in states if "momentum_buffer" in state])
-            self.has_adopted = True
+            has_adopted = True
         if holds_fsdp1(module):
             complete(states, held)
-        kept = [{k: group[k] for k in ("momentum_dtype",) if k in group} for group in self.param_groups]
-        numbers = iter(range(len(held)))
-        renumbered = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
-        super().load_state_dict({"state": dict(enumerate(states)), "param_groups": renumbered})
-        for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)
-        restore_statistics(states, held, self.state)
+        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        for loaded, h in zip(states, held, strict=True):
+            state[h.parameter] = {key: value.to(h.state[key].dtype) for key, value in loaded.items()}
+        merged = [_merged(theirs, own) for theirs, own in zip(groups, self.param_groups, strict=True)]
+        self.__setstate__({"state": state, "param_groups": merged})
+        self.has_adopted = has_adopted
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _held(self) -> list[Held]:
         """The parameters, in the order of the groups."""
@@ -277,10 +287,19 @@ class GroupedOptimizer(Optimizer):
             for name, parameter in zip(parameter_names(group), group["params"], strict=True):
                 shape, region = self._regions.get(parameter) or region_of(parameter, name)
                 per_column = self.per_column if self.adaptive and group["orthogonalize"] else None
-                # BackboneFinetuning restores the groups of a resumed run without their state.
-                state = self.state.get(parameter) or self._initial_state(parameter, group)
-                held.append(Held(name, parameter, group, state, shape, region, per_column))
+                held.append(Held(name, parameter, group, self._own_state(parameter, group), shape, region, per_column))
         return held
+
+    def _own_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """The state of a parameter, or that of its first step if it has none.
+
+        BackboneFinetuning restores the groups of a resumed run without their state; a parameter may have been given
+        memory since its state was built on the meta device.
+        """
+        state = self.state.get(parameter)
+        if not state or (not parameter.is_meta and any(isinstance(v, Tensor) and v.is_meta for v in state.values())):
+            return self._initial_state(parameter, group)
+        return cast("dict[str, Any]", state)
 
     def _read(self, state_dict: dict[str, Any], held: list[Held]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Groups and states of this optimizer's own kind, checked."""
@@ -292,7 +311,7 @@ class GroupedOptimizer(Optimizer):
         check_states(states, held, cls)
         for theirs, own in zip(saved.groups, self.param_groups, strict=True):
             self._check_group(theirs, own)
-        return saved.groups, states
+        return saved.groups, laid_out(states, held)
 
     def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a checkpoint that are missing or out of range."""
@@ -355,6 +374,13 @@ class GroupedOptimizer(Optimizer):
 
 def _no_module() -> None:
     return None
+
+
+def _merged(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A saved group for the optimizer's own parameters, which it holds in their order and in its own dtypes."""
+    kept = ("params", "param_names", "momentum_dtype", *STRUCTURE)
+    loaded = {key: value for key, value in saved.items() if key not in ("params", "param_names")}
+    return {**copy.deepcopy(loaded), **{key: own[key] for key in kept if key in own}}
 
 
 def _plain(value: Any) -> Any:
