@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_namo.checkpoint import Held, State, check_names, local_part, plain_form, saved_names, some
+from lightning_namo.checkpoint import Held, State, check_names, fits, like_own, plain_form, saved_names, some
 from lightning_namo.param_groups import clean_name
+from lightning_namo.regions import local_tensor
 from lightning_namo.rules import bias_correction
 
 
@@ -38,20 +39,12 @@ def adopted(
         if "exp_avg" in state:
             theirs = plain_form(theirs, h)
             whole = {key: theirs[key] for key in state if key in theirs}
-            if whole.keys() == state.keys():
-                state, found = {**state, **whole}, "whole"
-            else:
-                found = ""
+            found = "whole" if whole.keys() == state.keys() else ""
+            state |= {key: _taken(value, h, key) for key, value in whole.items()} if found else {}
         else:
             momentum = _momentum(theirs, group, h)
             found = "" if momentum is None else "momentum"
             state["momentum_buffer"] = state["momentum_buffer"] if momentum is None else momentum
-        for key, value in state.items():
-            if value.shape != h.state[key].shape:
-                raise ValueError(
-                    f"Expected {key} of {h.name} to have shape {tuple(h.state[key].shape)} but the checkpoint's has "
-                    f"{tuple(value.shape)}. It is of another model. Nothing was loaded."
-                )
         states.append(state)
         if found:
             taken[found] += 1
@@ -85,12 +78,26 @@ def _by_name(
     return {name: (groups[index], states.get(i, {})) for name, (index, i) in names.items()}
 
 
+def _taken(saved: Any, held: Held, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """An entry of another optimizer's state, as this one keeps it."""
+    if not fits(held.state | {key: saved}, held):
+        raise ValueError(
+            f"Expected {key} of {held.name} to have shape {tuple(held.state[key].shape)} but the checkpoint's has "
+            f"{tuple(getattr(saved, 'shape', ()))}. It is of another model. Nothing was loaded."
+        )
+    return like_own(saved, held, key, dtype)
+
+
 def _momentum(saved: State, group: Mapping[str, Any], held: Held) -> Tensor | None:
     """The momentum of a matrix, free of its start at zero where the step and the decay are known."""
     momentum = saved.get("exp_avg", saved.get("momentum_buffer"))
     if not isinstance(momentum, Tensor):
         return None
-    local: Tensor = local_part(momentum, held).to(held.parameter)
+    dtype = torch.promote_types(held.parameter.dtype, held.state["momentum_buffer"].dtype)
+    taken = _taken(momentum, held, "momentum_buffer", dtype)
     decay = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
     step = torch.as_tensor(saved.get("step", 0.0), dtype=torch.float64)
-    return local / bias_correction(decay, step).to(local) if step > 0 else local
+    local = local_tensor(taken)
+    if step > 0:
+        local.div_(bias_correction(decay, step).to(local))
+    return taken

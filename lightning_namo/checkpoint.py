@@ -24,6 +24,7 @@ from lightning_namo.param_groups import clean_name
 from lightning_namo.regions import Block, Layout, Region, Span, local_tensor, stored_shape
 
 STATISTICS = ("step", "skipped", "v")  # kept in float32 at least, whatever the parameter's dtype
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # and v, where it is kept by element
 STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None}  # keys, and what absence means
 
 State = dict[str, Any]
@@ -50,6 +51,10 @@ class Held:
     shape: tuple[int, ...]
     region: Region
     per_column: bool | None
+
+    def is_like_parameter(self, key: str) -> bool:
+        """Whether an entry of the state has the parameter's shape and layout."""
+        return key in LIKE_PARAMETER or (key == "v" and self.per_column is None)
 
     def layout(self, region: Region | None = None) -> Layout:
         """How this part (or another one) of the matrix lies."""
@@ -221,7 +226,7 @@ def _check_structure(saved: Mapping[str, Any], own: Mapping[str, Any], cls: str)
 
 
 def plain_form(saved: State, held: Held) -> State:
-    """A saved state in the plain form, as far as this rank has it; see `complete`.
+    """A saved state in the plain form, v as far as this rank has it (see `complete`), the rest as it was saved.
 
     Args:
         saved: In either form, whole or cut as FSDP1 cuts it (which cuts v as well, as if it were the parameter).
@@ -229,14 +234,10 @@ def plain_form(saved: State, held: Held) -> State:
     """
     own = held.state
     if "exp_avg" in own:
-        if "momentum_buffer" in saved:  # the flat form
-            saved = {**saved, "exp_avg": local_part(saved["momentum_buffer"], held)}
-            saved.pop("momentum_buffer")
-        return {**saved, "exp_avg_sq": local_part(saved["exp_avg_sq"], held)} if "exp_avg_sq" in saved else saved
+        return {"exp_avg" if key == "momentum_buffer" else key: value for key, value in saved.items()}
     if "momentum_buffer" not in saved:
         return dict(saved)  # for `check_states` to refuse
     state = {key: value for key, value in saved.items() if key != "exp_avg_sq"}
-    state["momentum_buffer"] = local_part(state["momentum_buffer"], held)
     if "exp_avg_sq" in saved and "v" in own:
         state["v"] = _collected(saved["exp_avg_sq"], held)
     elif isinstance(v := saved.get("v"), Tensor) and held.per_column is not None and v.shape != own["v"].shape:
@@ -244,29 +245,83 @@ def plain_form(saved: State, held: Held) -> State:
     return state
 
 
-def local_part(saved: Any, held: Held) -> Any:
-    """The local part of a saved tensor, laid out like the parameter."""
-    local, sharded = local_tensor(held.parameter), isinstance(held.parameter, DTensor)
-    if not isinstance(saved, Tensor) or isinstance(saved, DTensor) or (saved.shape == local.shape and not sharded):
-        return saved
-    if tuple(saved.shape) != held.shape:
-        return saved  # for `check_states` to refuse
-    part = held.region.of(saved.reshape(stored_shape(held.shape))).reshape(local.shape)
-    if not sharded:
-        return part
-    whole = torch.zeros_like(held.parameter, dtype=saved.dtype)
-    local_tensor(whole).copy_(part)
-    return whole
+def laid_out(states: Sequence[State], held: Sequence[Held]) -> list[State]:
+    """New states, laid out as the optimizer keeps them, from what `check_states` has let pass; see `like_own`."""
+    return [
+        {key: like_own(value, h, key) for key, value in state.items()} for state, h in zip(states, held, strict=True)
+    ]
 
 
-def _collected(second: Tensor, held: Held) -> Tensor:
-    """V from the flat form: whole, or the part that this rank's shard knows."""
-    if held.per_column is None:
-        part: Tensor = local_part(second, held)
-        return part
+def like_own(saved: Any, held: Held, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a saved number or tensor as the optimizer keeps it: laid out like the parameter, or a whole statistic.
+
+    Collective if it is a DTensor of another mesh or of other placements than the parameter.
+
+    Args:
+        saved: With the shape of ``held.state[key]``, or of the whole parameter if that entry is laid out like it.
+        held: The parameter.
+        key: Of its state.
+        dtype: Of the result; None: that of ``held.state[key]``.
+
+    Raises:
+        ValueError: For a DTensor that cannot be put together, or a parameter that has no memory yet.
+    """
+    parameter, own = held.parameter, held.state[key]
+    if parameter.is_meta:
+        raise ValueError(
+            f"Expected parameters with memory to load a state for, but {held.name} is on the meta device. "
+            "Give the module memory first (module.to_empty(device=...), or load its weights). Nothing was loaded."
+        )
+    dtype = dtype or own.dtype
+    if not held.is_like_parameter(key):
+        return torch.empty(own.shape, dtype=dtype, device=parameter.device).copy_(_whole(saved, held, key))
+    result = torch.zeros_like(parameter, dtype=dtype)
+    local = local_tensor(result)
+    if isinstance(saved, DTensor) and isinstance(parameter, DTensor) and _same_layout(saved, parameter):
+        source = saved.to_local().detach()
+    else:
+        source = _whole(saved, held, key)
+        if source.shape != local.shape:
+            source = held.region.of(source.reshape(stored_shape(held.shape))).reshape(local.shape)
+    local.copy_(source)
+    return result
+
+
+def _same_layout(one: DTensor, other: DTensor) -> bool:
+    return one.device_mesh == other.device_mesh and one.placements == other.placements
+
+
+def _whole(saved: Any, held: Held, key: str) -> Tensor:
+    """A saved number or tensor; all of it, if it is a DTensor (collective)."""
+    if not isinstance(saved, Tensor):
+        return torch.tensor(saved, dtype=torch.float64)
+    if not isinstance(saved, DTensor):
+        return saved.detach()
+    mesh = saved.device_mesh
+    try:
+        sizes = [dist.get_world_size(mesh.get_group(dim)) for dim in range(mesh.ndim)]
+        if mesh.get_coordinate() is None or sizes != list(mesh.shape):
+            raise RuntimeError(f"this process is in groups of {sizes} processes")
+        return saved.full_tensor().detach()
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"Expected to put together {key} of {held.name} from its shards, a DTensor over {mesh}, but its processes "
+            f"cannot be reached ({error}). Load on the processes that saved it, or save a whole state dict "
+            "(torch.distributed.checkpoint.state_dict.get_optimizer_state_dict with full_state_dict=True). Nothing was "
+            "loaded."
+        ) from error
+
+
+def _collected(second: Any, held: Held) -> Any:
+    """V from the flat form: whole, or the part that this rank's shard knows; one of another shape as it is."""
+    if held.per_column is None or not isinstance(second, Tensor):
+        return second
+    second = _whole(second, held, "v")
     if tuple(second.shape) == held.shape:
         rows, cols = stored_shape(held.shape)
         return held.layout(Block(0, rows, 0, cols)).collect(second[None], held.per_column)[0]
+    if second.shape != local_tensor(held.parameter).shape:
+        return second
     return held.layout().collect(second[None], held.per_column)[0]
 
 
@@ -315,27 +370,22 @@ def check_states(states: Sequence[State], held: Sequence[Held], cls: str) -> Non
         ValueError: Naming the parameter, what was expected and what came.
     """
     for state, h in zip(states, held, strict=True):
-        if _shapes(state) != _shapes(h.state):
+        if not fits(state, h):
             raise ValueError(
                 f"Expected the state of {h.name} to be {_words(h.state)} but the checkpoint has "
-                f"{_words(state) or 'none'}. It is of another optimizer than {cls}, of another model or routing, or "
-                "incomplete. To take over the momentum of another optimizer pass adopt_state=True. Nothing was loaded."
+                f"{_words(state) or 'none'}. It is of another optimizer than {cls}, of another model or routing, "
+                "incomplete, or one rank's shards. To take over the momentum of another optimizer pass "
+                "adopt_state=True. Nothing was loaded."
             )
 
 
-def restore_statistics(states: Sequence[State], held: Sequence[Held], state: Mapping[Tensor, State]) -> None:
-    """Put back statistics and momenta that ``Optimizer.load_state_dict`` cast to the parameter's dtype.
-
-    Args:
-        states: As they were given, uncast.
-        held: The optimizer's parameters.
-        state: The optimizer's, just loaded.
-    """
-    for saved, h in zip(states, held, strict=True):
-        for key in (*STATISTICS, "momentum_buffer"):
-            if key in saved and (key in STATISTICS or h.state[key].dtype != h.parameter.dtype):
-                value = saved[key].detach().clone()
-                state[h.parameter][key] = value.to(h.parameter.device, h.state[key].dtype)
+def fits(state: State, held: Held) -> bool:
+    """Whether a state in the plain form has the entries and the shapes of the optimizer's own."""
+    if state.keys() != held.state.keys():
+        return False
+    ours, theirs = _shapes(held.state), _shapes(state)
+    whole = {key: held.shape if held.is_like_parameter(key) else shape for key, shape in ours.items()}
+    return all(theirs[key] in (ours[key], whole[key]) for key in ours)
 
 
 def _differing(missing: Sequence[str], unknown: Sequence[str]) -> str:
@@ -348,8 +398,11 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) if isinstance(value, Tensor) else () for key, value in state.items()}
+def _shapes(state: State) -> dict[str, Any]:
+    """Shapes of tensors and numbers; what is neither, as it is."""
+    shapes: dict[str, Any] = {key: () for key, value in state.items() if isinstance(value, int | float)}
+    shapes |= {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: shapes.get(key, value) for key, value in state.items()}
 
 
 def _words(state: State) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import numbers
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from lightning_namo.adamw import adamw_state
+from lightning_namo.adamw import adamw_state, check_memory
 from lightning_namo.adoption import adopted
 from lightning_namo.checkpoint import (
     STRUCTURE,
@@ -23,10 +25,10 @@ from lightning_namo.checkpoint import (
     fill_empty,
     flat_form,
     holds_fsdp1,
+    laid_out,
     number_by_module,
     plain_form,
     read,
-    restore_statistics,
 )
 from lightning_namo.orthogonalize import newton_schulz_polynomials
 from lightning_namo.param_groups import ParameterGroups
@@ -135,6 +137,8 @@ class GroupedOptimizer(Optimizer):
         _validate_adamw(group) if not is_matrix else self._validate(group)
         for index, parameter in enumerate(bare):
             label = params[index][0] if isinstance(params[index], tuple) else f"parameter {index}"
+            if isinstance(parameter, Tensor):
+                check_memory(label, parameter)
             if is_matrix:
                 self._layout(label, parameter, group)
         super().add_param_group(group)
@@ -235,11 +239,12 @@ class GroupedOptimizer(Optimizer):
         """Give parameters that have no state a fresh one.
 
         The user has cleared the state, or changed the groups without `add_param_group` (as BackboneFinetuning does
-        when it restores the groups of a resumed run).
+        when it restores the groups of a resumed run), or given memory to parameters of the meta device.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
-                if not self.state.get(parameter):
+                state = self.state.get(parameter)
+                if not state or (state["step"].is_meta and not parameter.is_meta):
                     self.state[parameter] = self._initial_state(parameter, group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,7 +261,10 @@ class GroupedOptimizer(Optimizer):
 
         (torch casts to the parameter's dtype: statistics stay float32, the momentum its ``momentum_dtype``.)
 
-        Collective under FSDP1, and with ``adopt_state``.
+        State of a parameter's shape is laid out like the parameter, in memory and over the ranks: it may have been
+        saved whole, as FSDP1 cuts it, or as DTensors of any mesh whose processes are there.
+
+        Collective under FSDP1, with ``adopt_state``, and where a state is a DTensor of another layout.
 
         Args:
             state_dict: Of an optimizer of the same class over the same parameters, saved under any strategy; with
@@ -265,25 +273,29 @@ class GroupedOptimizer(Optimizer):
         Raises:
             ValueError: If it is of another algorithm, model or routing, or incomplete; nothing is loaded then.
         """
-        held, module, groups = self._held(), self._module(), self.param_groups
-        self.has_adopted = False
+        state_dict = state_dict.copy()  # hooks may change it
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        held, module, has_adopted = self._held(), self._module(), False
         try:
             groups, states = self._read(state_dict, held)
         except ValueError as error:
             if not self.adopt_state:
                 raise
-            states = adopted(state_dict, held, module, type(self).__name__, str(error))
+            groups, states = self.param_groups, adopted(state_dict, held, module, type(self).__name__, str(error))
             self._start_from([state for state in states if "momentum_buffer" in state])
-            self.has_adopted = True
+            has_adopted = True
         if holds_fsdp1(module):
             complete(states, held)
-        kept = [{k: group[k] for k in ("momentum_dtype",) if k in group} for group in self.param_groups]
-        numbers = iter(range(len(held)))
-        renumbered = [{**group, "params": [next(numbers) for _ in group["params"]]} for group in groups]
-        super().load_state_dict({"state": dict(enumerate(states)), "param_groups": renumbered})
-        for group, own in zip(self.param_groups, kept, strict=True):
-            group.update(own)
-        restore_statistics(states, held, self.state)
+        state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+        for loaded, h in zip(states, held, strict=True):
+            state[h.parameter] = {key: value.to(h.state[key].dtype) for key, value in loaded.items()}
+        merged = [_merged(theirs, own) for theirs, own in zip(groups, self.param_groups, strict=True)]
+        self.__setstate__({"state": state, "param_groups": merged})
+        self.has_adopted = has_adopted
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
 
     def _held(self) -> list[Held]:
         """The parameters, in the order of the groups."""
@@ -309,7 +321,7 @@ class GroupedOptimizer(Optimizer):
             self._check_group(theirs, own)
             structure = {key: own[key] for key in ("name", *STRUCTURE, *ADDED_KEYS) if key in own}
             groups.append({**structure, **theirs})
-        return groups, states
+        return groups, laid_out(states, held)
 
     def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a checkpoint that are missing or out of range."""
@@ -389,6 +401,13 @@ class GroupedOptimizer(Optimizer):
 
 def _no_module() -> None:
     return None
+
+
+def _merged(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A saved group for the optimizer's own parameters, which it holds in their order and in its own dtypes."""
+    kept = ("params", "param_names", "momentum_dtype", *STRUCTURE)
+    loaded = {key: value for key, value in saved.items() if key not in ("params", "param_names")}
+    return {**copy.deepcopy(loaded), **{key: own[key] for key in kept if key in own}}
 
 
 def _plain(value: Any) -> Any:

@@ -331,7 +331,8 @@ def test_adamw_groups_run_torchs_adamw(cls, dtype):
             b.grad = a.grad.clone()
         optimizer.step()
         reference.step()
-    assert_same(ours, theirs)
+    exact = 0 if dtype != torch.complex64 else 1e-6  # ours is fused, in real numbers; torch's is not
+    torch.testing.assert_close(ours, theirs, rtol=exact, atol=exact)
 
 
 @pytest.mark.parametrize("key", ["lr", "weight_decay", "eps", "betas"])
