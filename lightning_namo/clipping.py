@@ -197,7 +197,7 @@ def _with_gradients(module: nn.Module, parameters: Iterable[Tensor] | None) -> l
         reshard(module)
         return list(module.parameters())
     chosen = list(parameters)
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     reshard(module)
     sharded = dict(module.named_parameters())
     chosen = [sharded.get(names.get(parameter, ""), parameter) for parameter in chosen]
