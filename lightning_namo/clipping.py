@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_namo.exchange import mean_over_ranks
 from lightning_namo.factory import wrapped
+from lightning_namo.param_groups import parameter_label
 from lightning_namo.regions import local_gradient, reshard, shard_counts, sum_of_squares
 from lightning_namo.types import PositiveFloat
 
@@ -49,7 +50,8 @@ def gradient_norm(module: nn.Module, parameters: Iterable[Tensor] | None = None)
     shards = shard_counts(module, chosen)
     grads: dict[int, list[Tensor]] = defaultdict(list)
     for parameter, count in zip(chosen, shards, strict=True):
-        if (grad := local_gradient(names.get(parameter, "a parameter"), parameter)) is not None:
+        name = parameter_label(names.get(parameter, "a parameter"), module)
+        if (grad := local_gradient(name, parameter)) is not None:
             grads[count].append(grad)
     device = chosen[0].device if chosen else None
     if max(shards, default=1) == 1:

@@ -51,6 +51,7 @@ class GroupedOptimizer(Optimizer):
     Attributes:
         adopt_state: Whether `load_state_dict` takes over what it can from another optimizer's state dict.
         has_adopted: Whether it did.
+        adamw_follows: Whether the learning rate of AdamW groups is that of the matrices, for want of another.
 
     Args:
         params: What `split_parameters` returns, or torch's usual iterables and groups.
@@ -67,6 +68,7 @@ class GroupedOptimizer(Optimizer):
     ranges: ClassVar[Mapping[str, Range]] = RANGES
     adopt_state: bool = False
     has_adopted: bool = False
+    adamw_follows: bool = False
     _adamw_skipped: Tensor | None = None
     _warned: bool = False
 
@@ -151,6 +153,20 @@ class GroupedOptimizer(Optimizer):
         super().add_param_group(group)
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
+
+    def set_lr(self, lr: float) -> None:
+        """Change the learning rate as if the optimizer were built with ``lr``; before a schedule is attached.
+
+        Groups with a learning rate of their own keep it, and AdamW's do where ``adamw_lr`` was given.
+        """
+        check_ranges({"lr": _plain(lr)}, type(self).__name__, self.ranges)
+        old, kinds = self._matrix_defaults["lr"], (True, False) if self.adamw_follows else (True,)
+        for group in self.param_groups:
+            if group["orthogonalize"] in kinds and group["lr"] == old:
+                group["lr"] = _plain(lr)
+        for is_matrix in kinds:
+            (self._matrix_defaults if is_matrix else self._adamw_defaults)["lr"] = _plain(lr)
+        self.defaults["lr"] = _plain(lr)
 
     def _keys(self, is_matrix: bool) -> set[str]:
         """The hyper-parameters of groups of matrices, or of AdamW."""

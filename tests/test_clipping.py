@@ -143,7 +143,9 @@ def test_only_the_parameters_asked_for_are_measured_and_clipped() -> None:
 def test_a_sparse_gradient_is_refused_by_name() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Embedding(5, 3, sparse=True))
     module[1](torch.tensor([1, 1])).sum().backward()
-    with pytest.raises(ValueError, match=r"Expected a dense gradient but 1\.weight has a torch\.sparse_coo one"):
+    with pytest.raises(
+        ValueError, match=r"Expected a dense gradient but 1\.weight of Sequential has a torch\.sparse_coo one"
+    ):
         clip_gradients(module, max_norm=1.0)
 
 

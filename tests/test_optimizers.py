@@ -1002,7 +1002,10 @@ def test_a_group_to_be_routed_is_added_whole_or_not_at_all():
     [
         (lambda group: group.pop("beta2"), "expected beta2 to be in the checkpoint but got nothing. That is of group"),
         (lambda group: group.update(lr=-1.0), "expected lr to be a finite number >= 0 but got -1.0. That is of group"),
-        (lambda group: group.update(ns_steps=0), "expected ns_steps to be a whole number >= 1 but got 0. That is of group"),
+        (
+            lambda group: group.update(ns_steps=0),
+            "expected ns_steps to be a whole number >= 1 but got 0. That is of group",
+        ),
     ],
 )
 def test_a_checkpoint_with_wrong_hyper_parameters_is_refused_and_nothing_is_loaded(change, message):
