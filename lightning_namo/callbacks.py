@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_namo.base import OrthogonalizedOptimizer
 from lightning_namo.exchange import check_same
-from lightning_namo.factory import configured, make_optimizer, wrapped
+from lightning_namo.factory import check_strategy, configured, make_optimizer, wrapped
 from lightning_namo.optimizers import NAMO
 from lightning_namo.param_groups import split_parameters
 from lightning_namo.schedules import WarmupStableDecay
@@ -33,7 +33,8 @@ class OptimizerCallback(pl.Callback):
 
     The module need not have one. Lightning refuses such a module before any hook of a callback runs; what it does do
     first is to hand every callback the module's ``log``. This callback takes that moment to give the module its
-    ``configure_optimizers`` for the length of the fit. Where that is too subtle, call `attach` before ``fit``.
+    ``configure_optimizers`` for the length of the fit. Where that is too subtle, call `attach` before ``fit``. The
+    learning rate follows the module's ``lr`` or ``learning_rate`` as with `optimize_with`.
 
     Args:
         optimizer: From parameter groups to an optimizer: a class such as `NAMOD` or ``torch.optim.AdamW``, or a
@@ -46,7 +47,8 @@ class OptimizerCallback(pl.Callback):
 
     Raises:
         RuntimeError: At the start of fit, if an optimizer's parameters are not the module's.
-        ValueError: At the start of fit, on all ranks, if their parameters differ.
+        ValueError: At the start of fit, if the Trainer has two of these callbacks or DeepSpeedStrategy; on all ranks,
+            if their parameters differ.
 
     Example:
         >>> from functools import partial
@@ -74,10 +76,21 @@ class OptimizerCallback(pl.Callback):
         self._skipped = self._checked = 0
 
     def attach(self, module: pl.LightningModule) -> None:
-        """Give a module this callback's ``configure_optimizers``, until the fit ends; warns if it has one itself."""
+        """Give a module this callback's ``configure_optimizers``, until the fit ends.
+
+        It warns if the module has one itself, or another callback's, which does not come back.
+        """
         if self._attached(module):
             return
-        if is_overridden("configure_optimizers", module):
+        current = vars(module).get("configure_optimizers")
+        other = getattr(getattr(current, "func", None), "__self__", None)
+        if isinstance(other, OptimizerCallback):
+            other._detach(module)
+            rank_zero_warn(
+                f"OptimizerCallback replaces another OptimizerCallback that was attached to {type(module).__name__}. "
+                "Attach one to silence this."
+            )
+        elif is_overridden("configure_optimizers", module):
             rank_zero_warn(
                 f"OptimizerCallback replaces the configure_optimizers of {type(module).__name__}. Remove one of the "
                 "two to silence this."
@@ -96,6 +109,7 @@ class OptimizerCallback(pl.Callback):
                 module.configure_optimizers = self._own  # type: ignore[method-assign]
 
     def _configure(self, module: pl.LightningModule) -> OptimizerLRScheduler:
+        check_strategy(module)
         groups = split_parameters(
             wrapped(module), adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks
         )
@@ -114,15 +128,22 @@ class OptimizerCallback(pl.Callback):
         self._log = log
         module = getattr(log, "__self__", None)
         if isinstance(module, pl.LightningModule) and module.trainer.state.fn == TrainerFn.FITTING:
+            count = sum(isinstance(callback, OptimizerCallback) for callback in module.trainer.callbacks)  # type: ignore[attr-defined]
+            if count > 1:
+                raise ValueError(
+                    f"Expected one OptimizerCallback in the Trainer but got {count}, and each would configure the only "
+                    "optimizer. Remove all but one."
+                )
             self.attach(module)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Compare the ranks' parameters, those that are there before `configure_model`.
+        """Refuse DeepSpeed; compare the ranks' parameters, those that are there before `configure_model`.
 
         With other parameters on one rank, DDP refuses to wrap the module without a name, and FSDP2 hangs in its first
         forward pass.
         """
         if stage == "fit":
+            check_strategy(pl_module)
             named = [(name, p) for name, p in pl_module.named_parameters() if not is_lazy(p)]
             check_same([(name, tuple(p.shape), str(p.dtype)) for name, p in named])
 

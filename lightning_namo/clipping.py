@@ -7,6 +7,7 @@ shards, in which every element counts once.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -14,11 +15,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_namo.exchange import mean_over_ranks
 from lightning_namo.factory import wrapped
-from lightning_namo.regions import local_gradient, shard_counts, sum_of_squares
+from lightning_namo.param_groups import parameter_label
+from lightning_namo.regions import local_gradient, reshard, shard_counts, sum_of_squares
 from lightning_namo.types import PositiveFloat
 
 
@@ -31,21 +35,23 @@ def gradient_norm(module: nn.Module, parameters: Iterable[Tensor] | None = None)
     float32 sum is 0.3% off for the embedding of GPT-2 small.
 
     Args:
-        module: The parameters' module as the strategy left it, with its outermost FSDP unit.
-        parameters: Those that count; by default all of the module.
+        module: The parameters' module as the strategy left it, with its outermost FSDP unit. FSDP2 units that a
+            forward pass outside training left unsharded are sharded again.
+        parameters: Parameters of the module that count; by default all of them.
 
     Returns:
         The norm, (), the same on all ranks; float32, or float64 if a parameter is.
 
     Raises:
-        ValueError: For a sparse gradient.
+        ValueError: For a sparse gradient, or parameters that FSDP2 has replaced by shards since they were collected.
     """
-    chosen = list(module.parameters() if parameters is None else parameters)
+    chosen = _with_gradients(module, parameters)
     names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     shards = shard_counts(module, chosen)
     grads: dict[int, list[Tensor]] = defaultdict(list)
     for parameter, count in zip(chosen, shards, strict=True):
-        if (grad := local_gradient(names.get(parameter, "a parameter"), parameter)) is not None:
+        name = parameter_label(names.get(parameter, "a parameter"), module)
+        if (grad := local_gradient(name, parameter)) is not None:
             grads[count].append(grad)
     device = chosen[0].device if chosen else None
     if max(shards, default=1) == 1:
@@ -72,16 +78,18 @@ def clip_gradients(
     the device: a norm that is NaN makes all gradients NaN.
 
     Args:
-        module: The parameters' module as the strategy left it, with its outermost FSDP unit.
+        module: The parameters' module as the strategy left it, with its outermost FSDP unit. FSDP2 units that a
+            forward pass outside training left unsharded are sharded again.
         max_norm: Gradients of a larger norm are scaled down to it; ``float("inf")`` only measures.
-        clip_value: Elements are clipped to [-clip_value, clip_value].
-        parameters: Those whose gradients to clip; by default all of the module.
+        clip_value: Elements are clipped to [-clip_value, clip_value]; ``float("inf")`` only measures.
+        parameters: Parameters of the module whose gradients to clip; by default all of them.
 
     Returns:
         The norm before clipping, (), the same on all ranks.
 
     Raises:
-        ValueError: Unless exactly one of the two bounds is given, and above zero; for a sparse gradient.
+        ValueError: Unless exactly one of the two bounds is given, and above zero; for a sparse gradient, or parameters
+            that FSDP2 has replaced by shards since they were collected.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -90,8 +98,10 @@ def clip_gradients(
         tensor(2.4495)
     """
     _check_bounds("clip_gradients", max_norm=max_norm, clip_value=clip_value)
-    chosen = list(module.parameters() if parameters is None else parameters)
+    chosen = _with_gradients(module, parameters)
     norm = gradient_norm(module, chosen)
+    if math.inf in (max_norm, clip_value):
+        return norm  # a coefficient would be inf / inf = NaN for a norm that is infinite
     grads = [grad for p in chosen if (grad := local_gradient("a parameter", p)) is not None]
     for alike in _alike(grads):
         if max_norm is not None:
@@ -112,7 +122,7 @@ class GradientClipping(pl.Callback):
 
     Args:
         max_norm: Gradients of a larger norm are scaled down to it; ``float("inf")`` only measures.
-        clip_value: Elements are clipped to [-clip_value, clip_value].
+        clip_value: Elements are clipped to [-clip_value, clip_value]; ``float("inf")`` only measures.
 
     Raises:
         ValueError: Unless exactly one of the two is given, and above zero; at the start of fit, if the Trainer clips,
@@ -181,6 +191,27 @@ def _clip_and_log(module: pl.LightningModule, optimizer: Optimizer, **bounds: fl
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     module.log("grad_norm", clip_gradients(wrapped(module), parameters=parameters, **bounds))
+
+
+def _with_gradients(module: nn.Module, parameters: Iterable[Tensor] | None) -> list[Tensor]:
+    """The parameters in the form that has the gradients: FSDP2's shards, where a unit is unsharded now."""
+    if parameters is None:
+        reshard(module)
+        return list(module.parameters())
+    chosen = list(parameters)
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    reshard(module)
+    sharded = dict(module.named_parameters())
+    chosen = [sharded.get(names.get(parameter, ""), parameter) for parameter in chosen]
+    if any(isinstance(unit, FSDPModule) for unit in module.modules()):
+        registered = set(sharded.values())
+        if any(parameter not in registered and not isinstance(parameter, DTensor) for parameter in chosen):
+            raise ValueError(
+                "Expected parameters of the module, but got some that it does not have: FSDP2 showed them in place of "
+                "its shards after a forward pass outside training, and they have no gradients. Collect them now, "
+                "leave out parameters=, or take them from the optimizer's groups."
+            )
+    return chosen
 
 
 def _sum_of_squares(grads: Sequence[Tensor], device: torch.device | None) -> Tensor:

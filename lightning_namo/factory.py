@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import lightning.pytorch as pl
+from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy as FabricDeepSpeedStrategy
+from lightning.pytorch.callbacks import LearningRateFinder
+from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
@@ -16,13 +21,18 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_namo.base import OrthogonalizedOptimizer
 from lightning_namo.checkpoint import number_by_module
+from lightning_namo.grouped import GroupedOptimizer
 from lightning_namo.param_groups import ParameterGroups, split_parameters
+from lightning_namo.ranges import is_number
 from lightning_namo.schedules import WarmupStableDecay
 
 Schedule: TypeAlias = WarmupStableDecay | Callable[[Optimizer], LRScheduler]
 Globs: TypeAlias = str | Sequence[str]
 Blocks: TypeAlias = Mapping[str, int | Sequence[int]]
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+# Of each module: the attribute for a learning rate, the optimizer's, and the attribute's value when first configured.
+_RATES: weakref.WeakKeyDictionary[pl.LightningModule, tuple[str, float, Any]] = weakref.WeakKeyDictionary()
 
 
 def build_optimizer(
@@ -55,9 +65,11 @@ def build_optimizer(
         One optimizer over all trainable parameters.
 
     Raises:
-        ValueError: For globs that match nothing or contradict each other, no matrix, hyper-parameters out of range.
+        ValueError: For globs that match nothing or contradict each other, no matrix, hyper-parameters out of range, and
+            under DeepSpeed.
     """
     _check_callable("build_optimizer", cls)
+    check_strategy(module)
     groups = split_parameters(module, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
     return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
 
@@ -79,6 +91,10 @@ def optimize_with(
 ) -> Callable[[pl.LightningModule], OptimizerLRScheduler]:
     """Make a ``configure_optimizers`` for a LightningModule.
 
+    Where the module has an attribute (or hyper-parameter) ``lr`` or ``learning_rate`` that equals the optimizer's, that
+    is the learning rate: a later fit takes its new value, such as the suggestion of ``Tuner.lr_find``. AdamW groups
+    follow, too, unless ``adamw_lr`` is given.
+
     Args:
         cls: `NAMO`, `NAMOD`, `Muon`, `AdaMuon`, or any callable from parameter groups to an optimizer.
         schedule: A `WarmupStableDecay`, or a callable from the optimizer to a scheduler; stepped every step.
@@ -99,6 +115,7 @@ def optimize_with(
     _check_callable("optimize_with", cls)
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
+        check_strategy(self)
         groups = split_parameters(wrapped(self), adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
         return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper), adopt_state), schedule)
 
@@ -114,6 +131,8 @@ def configured(
         ValueError: If the schedule needs the run's length and the trainer has no limit.
     """
     rank_zero_info(f"{type(optimizer).__name__} trains the parameters of {type(module).__name__} so:\n{groups}")
+    _follow_attribute(module, optimizer)
+    _check_finder(module, optimizer, schedule)
     if schedule is None:
         return optimizer
     if not module.automatic_optimization:
@@ -139,6 +158,85 @@ def configured(
                 )
         scheduler = schedule(optimizer, None if total is None else int(total))
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def check_strategy(module: nn.Module) -> None:
+    """Raise under DeepSpeed, for a LightningModule in a Trainer or a module that Fabric has set up.
+
+    Raises:
+        ValueError: With the strategies to use.
+    """
+    trainer = getattr(module, "_trainer", None)
+    strategy = getattr(module, "_strategy", None) if trainer is None else trainer.strategy
+    if isinstance(strategy, DeepSpeedStrategy | FabricDeepSpeedStrategy):
+        raise ValueError(
+            "Expected a strategy that gives the optimizer matrices or shards of them, but got DeepSpeedStrategy: "
+            "DeepSpeed flattens parameters, and no matrix in them can be orthogonalized. Use FSDPStrategy or "
+            "ModelParallelStrategy (FSDP2), which shard as much."
+        )
+
+
+def _follow_attribute(module: pl.LightningModule, optimizer: Optimizer) -> None:
+    """Let the optimizer follow the module's attribute for the learning rate, where it is one.
+
+    ``Tuner.lr_find`` writes its suggestion there, and the next fit configures the optimizer anew.
+    """
+    name = _rate_attribute(module)
+    lr: Any = optimizer.defaults.get("lr")
+    if name is None or not is_number(lr):
+        return
+    value: Any = lightning_getattr(module, name)
+    if _RATES.get(module, (None, None))[:2] != (name, lr):
+        _RATES[module] = name, lr, value
+    original = _RATES[module][2]
+    if not is_number(value) or not is_number(original) or value == original:
+        return
+    where, cls = f"{type(module).__name__}.{name}", type(optimizer).__name__
+    if original == lr:
+        _set_rate(optimizer, value)
+        rank_zero_info(f"{cls} follows {where}: its learning rate is {value}, and was {lr}.")
+    else:
+        rank_zero_warn(
+            f"{where} is {value} now and was {original} when the optimizer was first configured, but nothing follows "
+            f"it: the learning rate of {cls} is {lr}. If {name} is to be the learning rate, as for Tuner.lr_find, give "
+            "both the same value from the start; else rename it."
+        )
+
+
+def _rate_attribute(module: pl.LightningModule) -> str | None:
+    """The attribute or hyper-parameter that Lightning's learning rate finder takes for the learning rate."""
+    names = [finder._attr_name for finder in _finders(module)]
+    if module in _RATES:
+        names.append(_RATES[module][0])  # that a finder was told in an earlier fit
+    return next((n for n in (*names, "lr", "learning_rate") if n and lightning_hasattr(module, n)), None)
+
+
+def _finders(module: pl.LightningModule) -> list[LearningRateFinder]:
+    trainer = getattr(module, "_trainer", None)
+    return [c for c in getattr(trainer, "callbacks", ()) if isinstance(c, LearningRateFinder)]
+
+
+def _set_rate(optimizer: Optimizer, lr: float) -> None:
+    if isinstance(optimizer, GroupedOptimizer):
+        optimizer.set_lr(lr)
+        return
+    for group in optimizer.param_groups:
+        if group["lr"] == optimizer.defaults["lr"]:
+            group["lr"] = lr
+
+
+def _check_finder(module: pl.LightningModule, optimizer: Optimizer, schedule: Schedule | None) -> None:
+    """Warn where the callback LearningRateFinder finds a rate that this fit will not have, or for other groups."""
+    if not any(finder._update_attr and not finder._early_exit for finder in _finders(module)):
+        return  # Tuner.lr_find ends its own fit early; the next one configures the optimizer anew
+    own_rate = isinstance(optimizer, GroupedOptimizer) and not optimizer.adamw_follows
+    if schedule is None and not own_rate:
+        return
+    problem = "the schedule sets the one it began with again" if schedule else "it sets that of the AdamW groups, too"
+    rank_zero_warn(
+        "LearningRateFinder changes the learning rate of all groups after the optimizer was configured, and in this "
+        f"fit {problem}. Find it before: Tuner(trainer).lr_find(module), then trainer.fit(module)."
+    )
 
 
 def wrapped(module: pl.LightningModule) -> nn.Module:

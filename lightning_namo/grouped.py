@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import numbers
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar, Literal, TypeAlias, cast, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
 from lightning_namo.adamw import adamw_state, check_memory
@@ -31,12 +30,11 @@ from lightning_namo.checkpoint import (
     read,
 )
 from lightning_namo.orthogonalize import newton_schulz_polynomials
-from lightning_namo.param_groups import ParameterGroups
+from lightning_namo.param_groups import ParameterGroups, parameter_label
+from lightning_namo.ranges import ADAMW_KEYS, RANGES, Range, check, check_keys, check_ranges, unknown_keys
 from lightning_namo.regions import Layout, Region, local_tensor, region_of
 
 Params: TypeAlias = Iterable[Any] | ParameterGroups
-MomentumDtype = Literal["float32", "bfloat16"]
-MOMENTUM_DTYPES: tuple[str, ...] = get_args(MomentumDtype)
 # Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means in a state.
 ADDED_KEYS: dict[str, Any] = {"transposed": False, "blocks": 1, "momentum_dtype": None}
 
@@ -58,28 +56,40 @@ class GroupedOptimizer(Optimizer):
     Attributes:
         adopt_state: Whether `load_state_dict` takes over what it can from another optimizer's state dict.
         has_adopted: Whether it did.
+        adamw_follows: Whether the learning rate of AdamW groups is that of the matrices, for want of another.
 
     Args:
         params: What `split_parameters` returns, or torch's usual iterables and groups.
         matrix_defaults: Hyper-parameters of matrix groups.
-        adamw_defaults: Hyper-parameters of AdamW groups: lr, weight_decay, momentum (beta1), beta2, eps.
+        adamw_defaults: Hyper-parameters of AdamW groups: lr (None: that of the matrices), weight_decay, betas, eps.
 
     Raises:
         ValueError: For hyper-parameters out of range, parameters that are no matrices, or no matrix at all.
+        TypeError: For a module in place of parameters.
     """
 
     per_column: ClassVar[bool] = False  # whether statistics are kept by column
     adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
+    ranges: ClassVar[Mapping[str, Range]] = RANGES
     adopt_state: bool = False
     has_adopted: bool = False
+    adamw_follows: bool = False
     _adamw_skipped: Tensor | None = None
     _warned: bool = False
     _planned: Any = None  # what the step has worked out for these groups; None: nothing yet
 
     def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
-        _validate_adamw({key: _plain(value) for key, value in adamw_defaults.items()})
+        if isinstance(params, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__}: expected groups of parameters but got a module, {type(params).__name__}. "
+                f"{_ways(type(self).__name__)}"
+            )
+        check_ranges({key: _plain(value) for key, value in matrix_defaults.items()}, type(self).__name__, self.ranges)
         self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
-        self._adamw_defaults = adamw_defaults
+        self.adamw_follows = adamw_defaults["lr"] is None
+        follows = {"lr": matrix_defaults["lr"]} if self.adamw_follows else {}
+        adamw_defaults = {**adamw_defaults, **follows}
+        self._adamw_defaults = _adamw_group({key: _plain(value) for key, value in adamw_defaults.items()})
         self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
         self._regions: dict[Tensor, tuple[tuple[int, ...], Region]] = {}
         self._module: Callable[[], torch.nn.Module | None] = _no_module
@@ -116,7 +126,10 @@ class GroupedOptimizer(Optimizer):
         if "orthogonalize" not in param_group and bare and all(p in self._templates for p in bare):
             self._add_routed(bare, param_group)
             return
-        is_matrix = bool(param_group.get("orthogonalize", True))
+        is_matrix = param_group.get("orthogonalize", True)
+        check_ranges({"orthogonalize": is_matrix}, type(self).__name__)
+        algorithm = type(self).__name__ if is_matrix else "AdamW"
+        check_keys(param_group, algorithm, self._keys(is_matrix), self._keys(not is_matrix))
         group = {
             **(self._matrix_defaults if is_matrix else self._adamw_defaults),
             **param_group,
@@ -124,17 +137,21 @@ class GroupedOptimizer(Optimizer):
             **({"algorithm": type(self).__name__} if is_matrix else {}),
         }
         group = {**{key: _plain(value) for key, value in group.items()}, "params": params}
-        if "lr" not in param_group:
-            group["lr"] = group["lr"] * self._multiplier()
+        if "betas" in param_group and not {"momentum", "beta2"}.isdisjoint(param_group):
+            raise ValueError("AdamW: expected betas, or momentum and beta2, but got both in one group. Take betas.")
+        group.setdefault("name", "matrices" if is_matrix else "adamw")
+        if is_matrix:
+            self._validate(group)
+        else:
+            group = _adamw_group(group)
         if isinstance(group.get("blocks"), tuple):
             group["blocks"] = list(group["blocks"])  # as checkpoints have it
-        if not is_matrix and "betas" in group:  # torch's AdamW name for the two
-            group["momentum"], group["beta2"] = group.pop("betas")
+        if "lr" not in param_group:
+            group["lr"] = group["lr"] * self._multiplier()
         taken = {other["name"] for other in self.param_groups}
-        name = group.get("name", "matrices" if is_matrix else "adamw")
+        name = group["name"]
         names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
         group["name"] = next(n for n in names if n not in taken)
-        _validate_adamw(group) if not is_matrix else self._validate(group)
         for index, parameter in enumerate(bare):
             label = params[index][0] if isinstance(params[index], tuple) else f"parameter {index}"
             if isinstance(parameter, Tensor):
@@ -145,6 +162,24 @@ class GroupedOptimizer(Optimizer):
         _drop_duplicates(self.param_groups[-1])
         for parameter in self.param_groups[-1]["params"]:
             self.state[parameter] = self._initial_state(parameter, self.param_groups[-1])
+
+    def set_lr(self, lr: float) -> None:
+        """Change the learning rate as if the optimizer were built with ``lr``; before a schedule is attached.
+
+        Groups with a learning rate of their own keep it, and AdamW's do where ``adamw_lr`` was given.
+        """
+        check_ranges({"lr": _plain(lr)}, type(self).__name__, self.ranges)
+        old, kinds = self._matrix_defaults["lr"], (True, False) if self.adamw_follows else (True,)
+        for group in self.param_groups:
+            if group["orthogonalize"] in kinds and group["lr"] == old:
+                group["lr"] = _plain(lr)
+        for is_matrix in kinds:
+            (self._matrix_defaults if is_matrix else self._adamw_defaults)["lr"] = _plain(lr)
+        self.defaults["lr"] = _plain(lr)
+
+    def _keys(self, is_matrix: bool) -> set[str]:
+        """The hyper-parameters of groups of matrices, or of AdamW."""
+        return set(self._matrix_defaults) if is_matrix else ADAMW_KEYS
 
     def _multiplier(self) -> float | Tensor:
         """What a schedule multiplies learning rates by now."""
@@ -161,7 +196,12 @@ class GroupedOptimizer(Optimizer):
             label, template = self._templates[parameter]
             target = routed.setdefault(template["name"], {**group, **template, "params": []})
             target["params"].append((label, parameter) if named else parameter)
+        kinds = {target["orthogonalize"] for target in routed.values()}
         for target in routed.values():
+            if len(kinds) == 2:  # each takes its own hyper-parameters
+                for key in unknown_keys(list(target), self._keys(target["orthogonalize"])):
+                    if key in self._keys(not target["orthogonalize"]):
+                        del target[key]
             if not target["orthogonalize"] and "lr" in group and self._matrix_defaults["lr"]:
                 target["lr"] = group["lr"] * self._adamw_defaults["lr"] / self._matrix_defaults["lr"]
         before = len(self.param_groups)
@@ -177,24 +217,7 @@ class GroupedOptimizer(Optimizer):
 
     def _validate(self, group: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a matrix group that are out of range."""
-        name = type(self).__name__
-        _check_numbers(group, name)
-        check(0 <= group["lr"] < math.inf, name, "lr", "finite and >= 0", group["lr"])
-        decay = group["weight_decay"]
-        check(0 <= decay < math.inf, name, "weight_decay", "finite and >= 0", decay)
-        check(0 <= group["momentum"] < 1, name, "momentum", "in [0, 1)", group["momentum"])
-        methods = ("newton_schulz", "svd")
-        check(
-            group["orthogonalizer"] in methods,
-            name,
-            "orthogonalizer",
-            f"one of {methods}",
-            group["orthogonalizer"],
-        )
-        dtype = group["momentum_dtype"]
-        check(dtype in (None, *MOMENTUM_DTYPES), name, "momentum_dtype", f"None or one of {MOMENTUM_DTYPES}", dtype)
-        scale = group["shape_scale"]
-        check(scale is None or scale > 0, name, "shape_scale", "> 0 or None", scale)
+        check_ranges(group, type(self).__name__, self.ranges)
         newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
         if not isinstance(group["ns_coefficients"], str):  # plain containers only: groups go into checkpoints
             polynomials = newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
@@ -202,11 +225,12 @@ class GroupedOptimizer(Optimizer):
 
     def _layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Layout:
         """How a parameter's shard lies; raises if it is no real matrix or its blocks do not fit."""
+        name = parameter_label(name, self._module())
         shape, region = self._regions.get(parameter) or region_of(parameter, name)
         if len(shape) < 2:
             raise ValueError(
-                f"Expected matrices (at least 2 dimensions) to orthogonalize but {name} has shape {shape}. Split the "
-                "parameters with split_parameters(module), or put it into a group with orthogonalize=False (AdamW)."
+                f"Expected matrices (at least 2 dimensions) to orthogonalize but {name} has shape {shape}. "
+                f"{_ways(type(self).__name__)} Or put it into a group with orthogonalize=False (AdamW)."
             )
         if parameter.is_complex():
             raise ValueError(f"Expected real matrices but {name} is {parameter.dtype}. Route it to AdamW (adamw=...).")
@@ -391,8 +415,9 @@ class GroupedOptimizer(Optimizer):
         for parameter, (name, _) in self._templates.items():
             if parameter.grad is not None and parameter not in self.state:
                 self._warned = True
+                label = parameter_label(name, self._module())
                 warnings.warn(
-                    f"{name} has a gradient but is in no group of {type(self).__name__}: it was frozen when the "
+                    f"{label} has a gradient but is in no group of {type(self).__name__}: it was frozen when the "
                     "optimizer was built, and is not trained. Call optimizer.add_param_group({'params': [...]}).",
                     stacklevel=3,
                 )
@@ -450,26 +475,21 @@ def statistics_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def _check_numbers(group: dict[str, Any], algorithm: str) -> None:
-    for key in ("lr", "weight_decay", "momentum", "beta2", "eps"):
-        value = group.get(key, 0.0)
-        check(isinstance(value, int | float | Tensor), algorithm, key, "a number", repr(value))
-        if isinstance(value, Tensor):
-            check(value.numel() == 1, algorithm, key, "a tensor of one element", f"shape {tuple(value.shape)}")
-    steps = group.get("ns_steps", 1)
-    check(isinstance(steps, int), algorithm, "ns_steps", "a whole number", repr(steps))
+def _ways(algorithm: str) -> str:
+    """How to get from a module to its optimizer."""
+    return (
+        f"Use build_optimizer(module, {algorithm}), or with Lightning optimize_with({algorithm}) or OptimizerCallback, "
+        "in place of module.parameters() or LightningCLI's --optimizer: they split the parameters with "
+        "split_parameters(module)."
+    )
+
+
+def _adamw_group(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of AdamW, checked, with the names that the optimizer has for torch's ``betas``."""
+    _validate_adamw(group)
+    own = {key: value for key, value in group.items() if key != "betas"}
+    return {**own, "momentum": group["betas"][0], "beta2": group["betas"][1]} if "betas" in group else own
 
 
 def _validate_adamw(group: dict[str, Any]) -> None:
-    _check_numbers(group, "AdamW")
-    check(0 <= group["lr"] < math.inf, "AdamW", "lr", "finite and >= 0", group["lr"])
-    check(0 <= group["weight_decay"] < math.inf, "AdamW", "weight_decay", "finite and >= 0", group["weight_decay"])
-    check(0 <= group["momentum"] < 1, "AdamW", "betas[0]", "in [0, 1)", group["momentum"])
-    check(0 <= group["beta2"] < 1, "AdamW", "betas[1]", "in [0, 1)", group["beta2"])
-    check(group["eps"] >= 0, "AdamW", "eps", ">= 0", group["eps"])
-
-
-def check(condition: object, algorithm: str, key: str, expected: str, value: object) -> None:
-    """Raise a ValueError that names the hyper-parameter, what was expected and what came."""
-    if not condition:
-        raise ValueError(f"{algorithm}: expected {key} to be {expected} but got {value}.")
+    check_ranges(group, "AdamW")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from lightning_namo import rules
 from lightning_namo.base import Entry, OrthogonalizedOptimizer, Update
 from lightning_namo.exchange import Exchange, Stacks
-from lightning_namo.grouped import MomentumDtype, Params, check, statistics_dtype
+from lightning_namo.grouped import Params, statistics_dtype
 from lightning_namo.orthogonalize import Coefficients, Method
+from lightning_namo.ranges import POSITIVE_OR_NONE, RANGES, MomentumDtype, Range, check, choice, is_number
 from lightning_namo.regions import Layout, local_tensor, stack, unstack
 from lightning_namo.rules import Decay
 from lightning_namo.types import (
@@ -27,27 +29,18 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
     """What NAMO and NAMO-D share: v, the second moment of the gradient's norms, and its hyper-parameters."""
 
     adaptive = True
+    ranges: ClassVar[Mapping[str, Range]] = {**RANGES, "max_step": POSITIVE_OR_NONE, "decay": choice(*get_args(Decay))}
 
     def _validate(self, group: dict[str, Any]) -> None:
         super()._validate(group)
-        name, momentum, beta2 = type(self).__name__, group["momentum"], group["beta2"]
-        check(0 <= beta2 < 1, name, "beta2", "in [0, 1)", beta2)
+        momentum, beta2 = group["momentum"], group["beta2"]
         check(
             momentum == 0 or momentum**2 < beta2,
-            name,
+            type(self).__name__,
             "beta2",
             f"above momentum^2 = {momentum**2:g} (else the adaptive scale is unbounded)",
             beta2,
         )
-        check(group["eps"] >= 0, name, "eps", ">= 0", group["eps"])
-        check(
-            group["max_step"] is None or group["max_step"] > 0,
-            name,
-            "max_step",
-            "> 0 or None",
-            group["max_step"],
-        )
-        check(group["decay"] in ("adaptive", "lr"), name, "decay", "'adaptive' or 'lr'", repr(group["decay"]))
 
     def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"v": torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=parameter.device)}
@@ -156,7 +149,7 @@ class NAMO(_AdaptiveScale):
             "max_step": max_step,
             "decay": decay,
         }
-        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+        super().__init__(params, matrix, _adamw(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
 
     def _step_size(
         self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
@@ -206,6 +199,12 @@ class NAMOD(_AdaptiveScale):
     """
 
     per_column = True
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **_AdaptiveScale.ranges,
+        "clamp": Range(
+            lambda value: value is None or (is_number(value) and 0 <= value <= 1), "in (0, 1], or None or 0 for none"
+        ),
+    }
 
     def __init__(
         self,
@@ -246,12 +245,7 @@ class NAMOD(_AdaptiveScale):
             "max_step": max_step,
             "decay": decay,
         }
-        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        super()._validate(group)
-        clamp = group["clamp"]
-        check(clamp is None or 0 <= clamp <= 1, "NAMOD", "clamp", "in (0, 1], or None or 0 for none", clamp)
+        super().__init__(params, matrix, _adamw(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
 
     def _step_size(
         self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
@@ -319,7 +313,7 @@ class Muon(OrthogonalizedOptimizer):
             "shape_scale": shape_scale,
             "momentum_dtype": momentum_dtype,
         }
-        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+        super().__init__(params, matrix, _adamw(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
 
 
 class AdaMuon(OrthogonalizedOptimizer):
@@ -390,12 +384,7 @@ class AdaMuon(OrthogonalizedOptimizer):
             "shape_scale": shape_scale,
             "momentum_dtype": momentum_dtype,
         }
-        super().__init__(params, matrix, _adamw(lr, adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
-
-    def _validate(self, group: dict[str, Any]) -> None:
-        super()._validate(group)
-        check(0 <= group["beta2"] < 1, "AdaMuon", "beta2", "in [0, 1)", group["beta2"])
-        check(group["eps"] >= 0, "AdaMuon", "eps", ">= 0", group["eps"])
+        super().__init__(params, matrix, _adamw(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
 
     def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"v": torch.zeros_like(parameter, dtype=dtype)}
@@ -435,13 +424,5 @@ class AdaMuon(OrthogonalizedOptimizer):
         super()._finish(entries, exchange, directions, updates)
 
 
-def _adamw(
-    lr: float, adamw_lr: float | None, betas: tuple[float, float], eps: float, weight_decay: float
-) -> dict[str, Any]:
-    return {
-        "lr": lr if adamw_lr is None else adamw_lr,
-        "weight_decay": weight_decay,
-        "momentum": betas[0],
-        "beta2": betas[1],
-        "eps": eps,
-    }
+def _adamw(lr: float | None, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
+    return {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}

@@ -93,7 +93,11 @@ def newton_schulz_polynomials(ns_coefficients: Coefficients, ns_steps: int) -> t
 
 def _is_triple(row: object) -> bool:
     numbers = isinstance(row, Sequence) and len(row) == 3 and all(isinstance(x, (int, float)) for x in row)
-    return numbers and all(map(math.isfinite, cast(Sequence[float], row)))
+    return (
+        numbers
+        and not any(isinstance(x, bool) for x in cast(Sequence[float], row))
+        and all(map(math.isfinite, cast(Sequence[float], row)))
+    )
 
 
 @overload

@@ -17,6 +17,7 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_namo.regions import Region, find_regions, reshard, stored_shape
@@ -234,13 +235,32 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPED)
 
 
+def parameter_label(name: str, module: nn.Module | None) -> str:
+    """A parameter in messages, ``"0.weight of Generator"``: sub-modules with optimizers of their own share names.
+
+    Args:
+        name: Its name in the module.
+        module: Whose class is named, without what wrappers (DDP, FSDP, torch.compile, Fabric) add; None: no class is.
+    """
+    if module is None:
+        return name
+    while inner := next((child for key, child in module._modules.items() if _wraps(module, key)), None):
+        module = inner
+    cls = type(module)
+    return f"{name} of {(cls.__mro__[2] if issubclass(cls, FSDPModule) else cls).__name__}"
+
+
+def _wraps(module: nn.Module, name: str) -> bool:
+    """Whether a module only wraps its child of that name."""
+    return name in _WRAPPED or (name == "module" and isinstance(module, _DATA_PARALLEL))
+
+
 def _walk(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
     """Every module with its cleaned path, in the order of the module; a shared one at each of its paths."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None:
-            wrapped = name in _WRAPPED or (name == "module" and isinstance(module, _DATA_PARALLEL))
-            yield from _walk(child, path if wrapped else (*path, name))
+            yield from _walk(child, path if _wraps(module, name) else (*path, name))
 
 
 def _declared_heads(module: nn.Module) -> Iterator[nn.Parameter]:

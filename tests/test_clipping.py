@@ -143,7 +143,9 @@ def test_only_the_parameters_asked_for_are_measured_and_clipped() -> None:
 def test_a_sparse_gradient_is_refused_by_name() -> None:
     module = nn.Sequential(nn.Linear(3, 3), nn.Embedding(5, 3, sparse=True))
     module[1](torch.tensor([1, 1])).sum().backward()
-    with pytest.raises(ValueError, match=r"Expected a dense gradient but 1\.weight has a torch\.sparse_coo one"):
+    with pytest.raises(
+        ValueError, match=r"Expected a dense gradient but 1\.weight of Sequential has a torch\.sparse_coo one"
+    ):
         clip_gradients(module, max_norm=1.0)
 
 
@@ -309,3 +311,65 @@ def test_the_callback_comes_from_yaml_with_its_range(tmp_path: Path, monkeypatch
     with pytest.raises(SystemExit):
         cli("max_norm", "-1.0")
     assert "max_norm" in capsys.readouterr().err
+
+
+# --- measuring changes nothing ----------------------------------------------------------------------
+
+
+def poisoned(value: float | None) -> list[Tensor]:
+    """Gradients, one element of which is replaced; None: none is."""
+    grads = gradients()
+    if value is not None:
+        grads[1][2] = value
+    return grads
+
+
+def bits(grads: list[Tensor]) -> list[Tensor]:
+    return [grad.view(torch.int32) for grad in grads]
+
+
+@pytest.mark.parametrize("poison", [None, math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("bound", BOUND.values())
+def test_an_infinite_bound_measures_and_changes_no_bit(bound: str, poison: float | None) -> None:
+    module = layer_with(*poisoned(poison))
+    norm = clip_gradients(module, **{bound: math.inf})
+    assert_same(norm, gradient_norm(module))
+    assert norm.isfinite() == (poison is None)
+    assert_same(bits([p.grad for p in module]), bits(poisoned(poison)))
+
+
+class Poisoning(SgdNet):
+    """Its gradients get an element that is not finite; what the optimizer finds is kept."""
+
+    def __init__(self, value: float | None) -> None:
+        super().__init__()
+        self.value = value
+        self.before: list[Tensor] = []
+        self.after: list[Tensor] = []
+
+    def on_after_backward(self) -> None:
+        if self.value is not None:
+            self.head.weight.grad[0, 0] = self.value
+        self.before = [p.grad.clone() for p in self.parameters()]
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.after = [p.grad.clone() for p in self.parameters()]
+
+
+class MeasuringByMixin(ClipsGradients, Poisoning):
+    pass
+
+
+@pytest.mark.parametrize("poison", [None, math.inf, math.nan])
+@pytest.mark.parametrize("way", ["callback", "norm", "value"])
+def test_the_callback_and_the_mixin_measure_without_a_change(way: str, poison: float | None) -> None:
+    recorder = Recorder()
+    if way == "callback":
+        module, callbacks, options = Poisoning(poison), [GradientClipping(max_norm=math.inf)], {}
+    else:
+        module, callbacks = MeasuringByMixin(poison), []
+        options = {"gradient_clip_val": math.inf, "gradient_clip_algorithm": way}
+    fit(module, recorder, *callbacks, max_steps=1, log_every_n_steps=1, **options)
+    assert_same(bits(module.after), bits(module.before))
+    torch.testing.assert_close(recorder.logged, recorder.norms, rtol=1e-6, atol=0, equal_nan=True)

@@ -635,7 +635,7 @@ def test_a_parameter_unfrozen_behind_the_optimizers_back_is_warned_of_once():
     module.requires_grad_(True)
     for _ in range(2):
         module(torch.ones(2, 4)).sum().backward()
-    with pytest.warns(UserWarning, match=r"0\.weight has a gradient but is in no group of NAMO") as found:
+    with pytest.warns(UserWarning, match=r"0\.weight of Sequential has a gradient but is in no group of NAMO") as found:
         run_steps(optimizer, 2)
     assert len(found) == 1
 
@@ -1002,8 +1002,11 @@ def test_a_group_to_be_routed_is_added_whole_or_not_at_all():
     ("change", "message"),
     [
         (lambda group: group.pop("beta2"), "expected beta2 to be in the checkpoint but got nothing. That is of group"),
-        (lambda group: group.update(lr=-1.0), "expected lr to be finite and >= 0 but got -1.0. That is of group"),
-        (lambda group: group.update(ns_steps=0), "Expected ns_steps to be at least 1"),
+        (lambda group: group.update(lr=-1.0), "expected lr to be a finite number >= 0 but got -1.0. That is of group"),
+        (
+            lambda group: group.update(ns_steps=0),
+            "expected ns_steps to be a whole number >= 1 but got 0. That is of group",
+        ),
     ],
 )
 def test_a_checkpoint_with_wrong_hyper_parameters_is_refused_and_nothing_is_loaded(change, message):
