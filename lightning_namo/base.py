@@ -32,6 +32,7 @@ from lightning_namo.checkpoint import some
 from lightning_namo.exchange import Exchange, Published, Stacks
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
 from lightning_namo.orthogonalize import iteration_dtype, newton_schulz_flops, orthogonalize
+from lightning_namo.param_groups import parameter_label
 from lightning_namo.plan import Matrix
 from lightning_namo.regions import (
     Layout,
@@ -252,10 +253,13 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             described.append((parameter, name, shape, region))
         sums = checksums([local_tensor(parameter) for parameter, *_ in described])
         holdings = [
-            Holding(name, shape, str(parameter.dtype), part_of(parameter, region), checksum)
+            Holding(self._label(name), shape, str(parameter.dtype), part_of(parameter, region), checksum)
             for (parameter, name, shape, region), checksum in zip(described, sums, strict=True)
         ]
         return Published(holdings[: len(entries)], holdings[len(entries) :], plain(self._hyper_now()), self._number)
+
+    def _label(self, name: str) -> str:
+        return parameter_label(name, self._module())
 
     def _hyper_now(self) -> Hyper:
         keys = {True: sorted(self._matrix_defaults), False: sorted(self._adamw_defaults)}
@@ -271,8 +275,8 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 for parameter, name in _named(group):
                     if parameter.grad is None:
                         missing.add(parameter)
-                    else:
-                        refuse_sparse(name, parameter.grad)
+                    elif parameter.grad.layout != torch.strided:
+                        refuse_sparse(self._label(name), parameter.grad)
         except ValueError as error:
             if not exchange.shared:
                 raise
@@ -346,7 +350,8 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             check_order([number == told[0][0] for number, _ in told])
             check_hyper([hyper for _, hyper in told])
         if any(apart):
-            names = [name for name, flag in zip(self._watched_names, apart, strict=True) if flag]
+            pairs = zip(self._watched_names, apart, strict=True)
+            names = [self._label(name) for name, flag in pairs if flag]
             raise RuntimeError(
                 f"Expected the replicas of {some(names)} to have the same gradient, but their norms differ by more "
                 "than a reduction rounds: one rank's gradient would count, the others' would be lost. Average the "

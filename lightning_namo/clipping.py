@@ -15,14 +15,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_namo.exchange import mean_over_ranks
 from lightning_namo.factory import wrapped
 from lightning_namo.param_groups import parameter_label
-from lightning_namo.regions import local_gradient, reshard, shard_counts, sum_of_squares
+from lightning_namo.regions import is_fsdp2, local_gradient, local_tensor, reshard, shard_counts, sum_of_squares
 from lightning_namo.types import PositiveFloat
 
 
@@ -203,9 +201,9 @@ def _with_gradients(module: nn.Module, parameters: Iterable[Tensor] | None) -> l
     reshard(module)
     sharded = dict(module.named_parameters())
     chosen = [sharded.get(names.get(parameter, ""), parameter) for parameter in chosen]
-    if any(isinstance(unit, FSDPModule) for unit in module.modules()):
+    if any(map(is_fsdp2, module.modules())):
         registered = set(sharded.values())
-        if any(parameter not in registered and not isinstance(parameter, DTensor) for parameter in chosen):
+        if any(parameter not in registered and local_tensor(parameter) is parameter for parameter in chosen):
             raise ValueError(
                 "Expected parameters of the module, but got some that it does not have: FSDP2 showed them in place of "
                 "its shards after a forward pass outside training, and they have no gradients. Collect them now, "

@@ -17,10 +17,9 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_namo.regions import Region, find_regions, reshard, stored_shape
+from lightning_namo.regions import Region, find_regions, is_fsdp2, reshard, stored_shape
 
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -247,7 +246,7 @@ def parameter_label(name: str, module: nn.Module | None) -> str:
     while inner := next((child for key, child in module._modules.items() if _wraps(module, key)), None):
         module = inner
     cls = type(module)
-    return f"{name} of {(cls.__mro__[2] if issubclass(cls, FSDPModule) else cls).__name__}"
+    return f"{name} of {(cls.__mro__[2] if is_fsdp2(module) else cls).__name__}"
 
 
 def _wraps(module: nn.Module, name: str) -> bool:

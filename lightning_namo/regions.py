@@ -164,6 +164,11 @@ def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     return local_tensor(grad)
 
 
+def is_fsdp2(module: nn.Module) -> bool:
+    """Whether a module is a unit of FSDP2, whose class then has the module's own two places further on."""
+    return isinstance(module, FSDPModule)
+
+
 def reshard(module: nn.Module) -> None:
     """Let a module's FSDP2 units show their sharded parameters.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_namo.param_groups import parameter_label
 from lightning_namo.regions import reshard
 
 
@@ -77,12 +78,13 @@ class TrainedModule:
         found: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         for parameter, name in self._names.items():
             if parameter not in found:
+                label = parameter_label(name, module)
                 raise RuntimeError(
-                    f"Expected the optimizer's parameters to be those of {type(module).__name__}, but {name} no longer "
-                    "is: the module was sharded or replaced after the optimizer was built (or materialized from the "
-                    "meta device, or a parameter or layer of it was replaced), and training would change nothing. "
-                    "Shard and materialize first (Fabric: setup_module), then build the optimizer (build_optimizer), "
-                    "then setup_optimizers; build it anew after replacing a parameter. DeepSpeed and other strategies "
-                    "that replace the parameters are not supported."
+                    f"Expected the optimizer's parameters to be the module's, but {label} no longer is: "
+                    "the module was sharded or replaced after the optimizer was built (or materialized from the meta "
+                    "device, or a parameter or layer of it was replaced), and training would change nothing. Shard and "
+                    "materialize first (Fabric: setup_module), then build the optimizer (build_optimizer), then "
+                    "setup_optimizers; build it anew after replacing a parameter. DeepSpeed and other strategies that "
+                    "replace the parameters are not supported."
                 )
         self._paths = [(found[p].split("."), p) for p in self._names]

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lightning_namo"
 
 # From the papers up to the command line. A module imports those to the left of it in its row and those in rows above.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "workspace", "rules", "orthogonalize", "regions", "spectra"),
+    ("types", "workspace", "rules", "orthogonalize", "ranges", "regions"),
     ("agreement", "plan", "exchange", "grid", "adamw", "param_groups", "checkpoint", "adoption", "trained_module"),
     ("grouped", "base", "optimizers", "schedules"),
     (

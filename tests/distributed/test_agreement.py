@@ -163,8 +163,11 @@ def differing_parameters(rank: int, extra: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("extra", "difference"),
     [
-        (nn.Linear(6, 6, bias=False), r"rank 0 has 2 and rank 1 has 3: only rank 1 has 2\.weight \(6, 6\)"),
-        (nn.LayerNorm(6, bias=False), r"rank 0 has 0 and rank 1 has 1: only rank 1 has 2\.weight \(6,\)"),
+        (
+            nn.Linear(6, 6, bias=False),
+            r"rank 0 has 2 and rank 1 has 3: only rank 1 has 2\.weight of Sequential \(6, 6\)",
+        ),
+        (nn.LayerNorm(6, bias=False), r"rank 0 has 0 and rank 1 has 1: only rank 1 has 2\.weight of Sequential \(6,\)"),
     ],
     ids=["matrix", "adamw"],
 )

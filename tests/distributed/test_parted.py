@@ -140,7 +140,7 @@ def test_replicas_of_every_parameter_are_compared_in_the_order_of_their_elements
         assert cases["none"] == ("", False)
         for name, (said, unchanged) in cases.items() - {"none": ("", False)}.items():
             assert said.startswith("ValueError")
-            assert f"to hold replicas of {name} " in said
+            assert f"to hold replicas of {name} of Sequential " in said
             assert unchanged
 
 
@@ -170,7 +170,9 @@ def test_replicas_that_are_fed_different_gradients_are_refused_and_rounding_is_n
                 assert said == ""
                 assert not unchanged
             else:
-                assert said.startswith(f"RuntimeError: Expected the replicas of {spoiled} to have the same gradient")
+                assert said.startswith(
+                    f"RuntimeError: Expected the replicas of {spoiled} of Sequential to have the same gradient"
+                )
                 assert unchanged
 
 
@@ -270,7 +272,7 @@ def test_where_the_device_is_not_waited_for_the_next_step_says_what_parted_the_r
     first, second = answers("deferred")
     for gradient, lr, _ in (first, second):
         assert gradient[:2] == lr[:2] == ["", ""]
-        assert "Expected the replicas of 1.weight to have the same gradient" in gradient[2]
+        assert "Expected the replicas of 1.weight of Sequential to have the same gradient" in gradient[2]
         assert "Expected the same lr of group 'matrices'" in lr[2]
     assert first[2][:2] == ["", ""]
     assert "rank 1 refused its own" in first[2][2]
@@ -298,7 +300,7 @@ def sparse_on_one_rank(rank: int) -> dict[str, tuple[str, bool]]:
 def test_a_sparse_gradient_on_one_rank_ends_the_step_on_all_before_anything_moves() -> None:
     for cases in answers("sparse"):
         for name, (said, unchanged) in cases.items():
-            assert f"Expected a dense gradient but {name} has a torch.sparse_coo one" in said
+            assert f"Expected a dense gradient but {name} of Sequential has a torch.sparse_coo one" in said
             assert unchanged
 
 
@@ -390,7 +392,7 @@ def on_the_meta_device(rank: int) -> str:
 
 
 def test_an_optimizer_built_before_the_module_was_materialized_is_refused() -> None:
-    assert "0.weight no longer is" in on_the_meta_device(0)
+    assert "0.weight of Sequential no longer is" in on_the_meta_device(0)
     for said in answers("meta"):
         assert "or materialized from the meta device" in said
 
