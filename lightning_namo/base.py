@@ -10,7 +10,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +47,6 @@ from lightning_namo.regions import (
 )
 from lightning_namo.trained_module import TrainedModule
 from lightning_namo.workspace import Workspace
-
-_numbers = itertools.count()
 
 
 @dataclass(eq=False)
@@ -118,13 +116,6 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     _alarm: Alarm | None = None
     _hyper: Hyper  # of the step that the alarm is of
     _watched_names: list[str]
-    _number: int
-
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Count the optimizers of this process, copies too."""
-        optimizer = super().__new__(cls)
-        optimizer._number = next(_numbers)
-        return optimizer
 
     @torch.compiler.disable(reason="lightning_namo's step runs eagerly")  # type: ignore[untyped-decorator, no-untyped-call]
     @torch.no_grad()
@@ -217,7 +208,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 for parameter, name in _named(group)
             ]
             for parameter, state in self.state.items():  # they may have been moved, or cast, since
-                for key, value in state.items():
+                for key, value in [(k, v) for k, v in state.items() if isinstance(v, Tensor)]:
                     dtype = parameter.dtype if key in ("exp_avg", "exp_avg_sq") else value.dtype
                     state[key] = value.to(parameter.device, dtype)
             device = entries[0].parameter.device

@@ -38,6 +38,8 @@ Params: TypeAlias = Iterable[Any] | ParameterGroups
 # Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means in a state.
 ADDED_KEYS: dict[str, Any] = {"transposed": False, "blocks": 1, "momentum_dtype": None}
 
+_numbers = itertools.count()  # of the optimizers of this process, copies too, in the order in which they are built
+
 
 class GroupedOptimizer(Optimizer):
     """Parameter groups and state of the optimizers; what is done with them is in `OrthogonalizedOptimizer`.
@@ -85,6 +87,7 @@ class GroupedOptimizer(Optimizer):
                 f"{_ways(type(self).__name__)}"
             )
         check_ranges({key: _plain(value) for key, value in matrix_defaults.items()}, type(self).__name__, self.ranges)
+        self._number = next(_numbers)
         self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
         self.adamw_follows = adamw_defaults["lr"] is None
         follows = {"lr": matrix_defaults["lr"]} if self.adamw_follows else {}
@@ -377,6 +380,8 @@ class GroupedOptimizer(Optimizer):
             if group.setdefault("orthogonalize", True):
                 group.update({key: value for key, value in ADDED_KEYS.items() if key not in group})
         own = self.__dict__
+        if "_number" not in own:
+            self._number = next(_numbers)
         for key, value in {"_module": _no_module, "_templates": {}, "_regions": {}}.items():
             own.setdefault(key, value)
         for key, is_matrix in {"_matrix_defaults": True, "_adamw_defaults": False}.items():

@@ -20,7 +20,7 @@ class Workspace:
     """
 
     def __init__(self) -> None:
-        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._arena = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._used = self._most = 0
         self._open: list[object] = []  # a mark for each frame
 
@@ -56,5 +56,5 @@ class Workspace:
                 del self._open[self._open.index(mark) :]
                 self._used = used
             if not self._open and self._most > self._arena.numel():
-                self._arena = torch.empty(0, dtype=torch.uint8)  # before the larger one is allocated
-                self._arena = torch.empty(self._most, dtype=torch.uint8)
+                self._arena = torch.empty(0, dtype=torch.uint8, device="cpu")  # before the larger one is allocated
+                self._arena = torch.empty(self._most, dtype=torch.uint8, device="cpu")
