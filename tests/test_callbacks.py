@@ -214,7 +214,7 @@ def test_an_optimizer_configured_before_the_module_was_replaced_raises():
         def on_train_start(self) -> None:
             self.head = nn.Linear(10, 3)
 
-    with pytest.raises(RuntimeError, match=r"head\.weight of Net no longer is"):
+    with pytest.raises(RuntimeError, match=r"head\.weight of Replacing no longer is"):
         fit(Replacing(), namo())
 
 
