@@ -415,14 +415,13 @@ def test_the_largest_numbers_are_orthogonalized(dtype):
 
 @each_dtype
 @pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("exponent", [-120, -60, -10, 0, 10, 60])
+@pytest.mark.parametrize("exponent", [-120, -60, -10, 0, 10, 50])
 def test_a_matrix_beside_one_whose_norm_overflows_keeps_its_bits(dtype, given, exponent):
     """With a workspace, as the optimizers call it, nothing is done about the norm."""
     shapes = [(12, 12), (70, 100), (100, 70)]
-    matrices = [
-        of_exponent(shape, exponent, given).where(torch.tensor(given != torch.float16 or exponent <= 10), 1)
-        for shape in shapes
-    ]
+    if given == torch.float16:
+        exponent = min(exponent, 10)
+    matrices = [of_exponent(shape, exponent, given) for shape in shapes]
     huge = [of_exponent(shape, LARGE[given][0], given) for shape in shapes]
     for X, Y in zip(matrices, huge, strict=True):
         workspace = Workspace()
