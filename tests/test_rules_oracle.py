@@ -238,9 +238,9 @@ def as_sent(polynomial, N):
     return reference.newton_schulz(N.bfloat16().double(), polynomials, torch.float64).bfloat16().double()
 
 
-# Single steps. In float32 there is the rounding of what is sent and little else (an element may round to the other side:
-# up to 1.1e-3). In bfloat16 there is the iteration's own. Of a 1 x 1 matrix it is that of one number, 0.13; and AdaMuon's
-# first step is the sign of the polar factor, of which elements near 0 may have the other one: 0.125.
+# Single steps. In float32 there is the rounding of what is sent and little else (an element may round to the other
+# side: up to 1.1e-3). In bfloat16 there is the iteration's own. Of a 1 x 1 matrix it is that of one number, 0.13; and
+# AdaMuon's first step is the sign of the polar factor, of which elements near 0 may have the other one: 0.125.
 @pytest.mark.parametrize("polynomial", [QUINTIC, CONVERGENT], ids=["quintic", "convergent"])
 @pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48), (96, 32), (32, 128), (9, 1), (1, 1)])
 @pytest.mark.parametrize("cls", RULES)
