@@ -82,8 +82,8 @@ class TrainedModule:
                 raise RuntimeError(
                     f"Expected the optimizer's parameters to be the module's, but {label} no longer is: "
                     "the module was sharded or replaced after the optimizer was built (or materialized from the meta "
-                    "device, or a parameter or layer of it was replaced), and training would change nothing. Shard first "
-                    "(Fabric: setup_module) and materialize, then build the optimizer (build_optimizer), then "
+                    "device, or a parameter or layer of it was replaced), and training would change nothing. Shard "
+                    "first (Fabric: setup_module) and materialize, then build the optimizer (build_optimizer), then "
                     "setup_optimizers; build it anew after replacing a parameter. DeepSpeed and other strategies that "
                     "replace the parameters are not supported."
                 )
