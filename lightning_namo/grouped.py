@@ -139,7 +139,7 @@ class GroupedOptimizer(Optimizer):
             "orthogonalize": is_matrix,
             **({"algorithm": type(self).__name__} if is_matrix else {}),
         }
-        group = {**{key: _plain(value) for key, value in group.items()}, "params": params}
+        group = {**{key: _plain(value) for key, value in group.items() if key != "params"}, "params": params}
         if "betas" in param_group and not {"momentum", "beta2"}.isdisjoint(param_group):
             raise ValueError("AdamW: expected betas, or momentum and beta2, but got both in one group. Take betas.")
         group.setdefault("name", "matrices" if is_matrix else "adamw")
