@@ -20,7 +20,7 @@ Described: TypeAlias = tuple[str, tuple[int, ...], str]  # a parameter's name, f
 Hyper: TypeAlias = list[tuple[str, dict[str, Any]]]  # of each group its name and hyper-parameters
 
 SUMMATION = 1e-5  # relative error of a squared norm in float32, summed in another order
-CLOSE = 1e-9  # relative: two kinds of CPUs may compute a schedule's cosine with another last bit
+CLOSE = 1e-6  # relative: two kinds of CPUs may compute a schedule's cosine, in float32, with another last bit
 _CHUNK = 2**22  # elements of a checksum at a time
 _STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, so that every position counts differently
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_namo import rules
 from lightning_namo.adamw import AdamWStep, on_some_ranks_only
 from lightning_namo.agreement import (
+    CLOSE,
     Alarm,
     Holding,
     Hyper,
@@ -29,7 +30,7 @@ from lightning_namo.agreement import (
     tolerance,
 )
 from lightning_namo.checkpoint import some
-from lightning_namo.exchange import Exchange, Published, Stacks
+from lightning_namo.exchange import Exchange, Published, Stacks, current_group
 from lightning_namo.grouped import GroupedOptimizer, parameter_names, statistics_dtype
 from lightning_namo.orthogonalize import iteration_dtype, newton_schulz_flops, orthogonalize
 from lightning_namo.param_groups import parameter_label
@@ -114,6 +115,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
     _planned_for: Sequence[tuple[Any, ...]] = ()
     _trained: TrainedModule | None = None
     _alarm: Alarm | None = None
+    _compared_in: Callable[[], Any] = staticmethod(lambda: None)  # the process group in which weights were compared
     _hyper: Hyper  # of the step that the alarm is of
     _watched_names: list[str]
 
@@ -141,8 +143,9 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._planned is not None and self._planned[2].is_current:
+            self._raise_what_parted(self._planned[2], None)
         entries, families, exchange = self._plan()
-        self._raise_what_parted(exchange, None)
         refusal = self._refusal(exchange)
         grads = [None if refusal else local_gradient(entry.name, entry.parameter) for entry in entries]
         chosen = {i for i, grad in enumerate(grads) if grad is not None or exchange.shared}
@@ -226,7 +229,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 for e in entries
             ]
             exchange = Exchange(matrices, device, self.bucket_bytes, lambda: self._published(entries), Workspace())
-            self._alarm = Alarm(device)
+            self._alarm, self._compared_in = Alarm(device), exchange.group
             families = self._families(entries, exchange)
             watched = [entries[i].name for family in families for parcel in family.parcels for i in parcel]
             self._watched_names = watched + [name for _, name in self._adamw_parameters()]
@@ -247,7 +250,9 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             Holding(self._label(name), shape, str(parameter.dtype), part_of(parameter, region), checksum)
             for (parameter, name, shape, region), checksum in zip(described, sums, strict=True)
         ]
-        return Published(holdings[: len(entries)], holdings[len(entries) :], plain(self._hyper_now()), self._number)
+        # Only once: AdamW's replicas may part by what a reduction rounds, which a step takes for no difference.
+        compare, hyper = self._compared_in() is not current_group(), plain(self._hyper_now())
+        return Published(holdings[: len(entries)], holdings[len(entries) :], hyper, self._number, compare)
 
     def _label(self, name: str) -> str:
         return parameter_label(name, self._module())
@@ -258,8 +263,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
 
     # ------------------------------------------------------------------ what the ranks must agree on in a step
 
-    def _refusal(self, exchange: Exchange) -> ValueError | None:
+    def _refusal(self, exchange: Exchange) -> Exception | None:
         """Why this rank cannot use its gradients; alone it raises, else it takes part without them and raises then."""
+        if self._trained is not None:
+            self._trained.refuse_join()
         missing = set()
         try:
             for group in self.param_groups:
@@ -268,24 +275,27 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                         missing.add(parameter)
                     elif parameter.grad.layout != torch.strided:
                         refuse_sparse(self._label(name), parameter.grad)
-        except ValueError as error:
+            if self._trained is not None:
+                self._trained.check(missing)
+        except (ValueError, RuntimeError) as error:
             if not exchange.shared:
                 raise
             return error
-        if self._trained is not None:
-            self._trained.check(missing)
         return None
 
-    def _watched(self, exchange: Exchange, adamw: AdamWStep, refusal: ValueError | None) -> list[Tensor]:
+    def _watched(self, exchange: Exchange, adamw: AdamWStep, refusal: Exception | None) -> list[Tensor]:
         """Numbers whose sums over the ranks tell what parted them: see `_judge`."""
-        self._hyper = self._hyper_now()
-        columns = torch.zeros(3, exchange.world_size, device=exchange.device)  # each rank fills its own
+        self._hyper = [
+            (name, {key: value.clone() if isinstance(value, Tensor) else value for key, value in of_group.items()})
+            for name, of_group in self._hyper_now()
+        ]
+        tensors = [v for _, of_group in self._hyper for v in of_group.values() if isinstance(v, Tensor)]
+        columns = torch.zeros(2 + len(tensors), exchange.world_size, device=exchange.device)  # each rank fills its own
         own = columns.unbind(dim=1)[exchange.rank]
         own[0].fill_(fingerprint(exchange.number, self._hyper))
-        tensors = [v for _, of_group in self._hyper for v in of_group.values() if isinstance(v, Tensor)]
-        for place, value in enumerate(tensors, start=1):
-            own[1].add_(value.to(exchange.device), alpha=place)
-        own[2].fill_(refusal is not None)
+        own[1].fill_(refusal is not None)
+        for place, value in enumerate(tensors, start=2):
+            own[place].copy_(value)
         if not exchange.has_replicas:
             return [columns]
         norms = [adamw.largest(p) for p, _ in self._adamw_parameters()]
@@ -299,7 +309,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         self,
         families: Sequence[_Family],
         exchange: Exchange,
-        refusal: ValueError | None,
+        refusal: Exception | None,
         adamw_groups: int,
         statistics: list[list[Tensor]],
         flags: list[Tensor],
@@ -307,7 +317,8 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         """Tell from the sums of a step what parted the ranks: refusals, hyper-parameters, gradients of replicas."""
         presence, (columns, *norms) = flags[adamw_groups : 2 * adamw_groups], flags[2 * adamw_groups :]
         spread, largest = columns.amax(dim=1) - columns.amin(dim=1), columns.abs().amax(dim=1)
-        parted = [spread[:2] > 1e-6 * torch.stack([torch.zeros_like(largest[0]), largest[1]]), columns[2] > 0]
+        hyper = (spread[0] > 0) | (spread[2:] > CLOSE * largest[2:]).any()
+        parted = [hyper, columns[1] > 0]
         if norms:
             for family, (grad_sq, direction_sq, present, apart) in zip(families, statistics, strict=True):
                 norm_sq = grad_sq.view(len(present), -1).sum(dim=1)
@@ -322,13 +333,13 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         if self._alarm.at_once:
             self._raise_what_parted(exchange, refusal)
 
-    def _raise_what_parted(self, exchange: Exchange, refusal: ValueError | None) -> None:
+    def _raise_what_parted(self, exchange: Exchange, refusal: Exception | None) -> None:
         """Raise, on all ranks, if the last sums that were judged have parted them."""
         flags = self._alarm.read() if self._alarm is not None else []
         if not any(flags):
             return
         assert self._alarm is not None
-        different, refused, apart = any(flags[:2]), flags[2:][: exchange.world_size], flags[2 + exchange.world_size :]
+        different, refused, apart = flags[0], flags[1:][: exchange.world_size], flags[1 + exchange.world_size :]
         if any(refused):
             rank, reason = refused.index(1.0), "Its own message says why."
             if self._alarm.at_once:
@@ -371,7 +382,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             counts = [exchange.holder_counts[i] for i in indices]
             holders = torch.tensor(counts, dtype=dtype, device=exchange.device)
             rounding = [tolerance(exchange.replicas[i].count, str(entries[i].parameter.dtype)) for i in indices]
-            bounds = torch.tensor(rounding, dtype=torch.float64, device=exchange.device)
+            bounds = torch.tensor(rounding, dtype=torch.float64 if exchange.shared else dtype, device=exchange.device)
             families.append(_Family(first.group, parcels, dtype, factors.view(-1, *leading, *columns), holders, bounds))
         return families
 
@@ -455,7 +466,10 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             norm_sq = sum_of_squares(grad, dtype)
             return zeros, zeros, present * norm_sq.isfinite(), norm_sq
         grad_sq = layout.sums_of_squares(grad, self.per_column, dtype, exchange.workspace)
-        norm_sq = grad_sq.view(len(parcel), -1).sum(dim=1)
+        norm_sq = grad_sq
+        if exchange.replicas[parcel[0]].weight and grad_sq.dim() > 1:  # summed as on the other replicas
+            norm_sq = sum_of_squares(grad, dtype)
+        norm_sq = norm_sq.view(len(parcel), -1).sum(dim=1)
         if not self.adaptive:
             return grad_sq, zeros, present, norm_sq
         keys = {key: entry.group[key] for key in ("momentum", "nesterov")}

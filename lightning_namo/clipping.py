@@ -8,6 +8,7 @@ shards, in which every element counts once.
 from __future__ import annotations
 
 import math
+import numbers
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -248,5 +249,5 @@ def _check_bounds(where: str, **bounds: float | None) -> None:
 
 def _check_positive(where: str, key: str, value: object) -> None:
     """Raise for a bound that is no number above zero."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not float(value) > 0:
         raise ValueError(f"{where}: expected {key} to be a number > 0 but got {value!r}.")

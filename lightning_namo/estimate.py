@@ -430,12 +430,12 @@ def _all_reduces(
 ) -> tuple[int, int]:
     """Number of all-reduces of a step, and their bytes.
 
-    The first has ``||G||^2``, ``||N||^2`` and flags of each parameter, three numbers of each rank, and where there are
+    The first has ``||G||^2``, ``||N||^2`` and flags of each parameter, two numbers of each rank, and where there are
     replicas, in float64, one number more of each matrix and two of the others.
     """
     numbers = sum(2 * math.prod(entry.layout.statistic_shape(optimizer.per_column)) + 1 for entry in entries)
     groups = [group["params"] for group in optimizer.param_groups if not group["orthogonalize"]]
-    numbers += sum(1 + 2 * len(params) for params in groups if params) + 3 * ranks
+    numbers += sum(1 + 2 * len(params) for params in groups if params) + 2 * ranks
     if replicated:
         numbers += len(entries) + 2 * sum(map(len, groups))
     itemsize = 8 if any(entry.parameter.dtype == torch.float64 for entry in entries) else 4

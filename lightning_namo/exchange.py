@@ -13,6 +13,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -60,12 +61,14 @@ class Published:
         adamw: The parameters that are not matrices.
         hyper: Of each group its name and plain hyper-parameters.
         number: Of the optimizer, in the order in which this process built them.
+        compare: Whether replicas' weights are to be compared.
     """
 
     matrices: Sequence[Holding] = ()
     adamw: Sequence[Holding] = ()
     hyper: Hyper = field(default_factory=list)
     number: int = 0
+    compare: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Exchange:
         weights_of_adamw: Their weights, see `Replicas`.
         tolerance_of_adamw: Up to which part of their sum over the ranks weighted norms are rounding.
         number: How many were planned in the process group before.
+        group: Gives the process group that this was planned for; None if there is none, or it is gone.
 
     Raises:
         ValueError: On all ranks, if they disagree or the shards do not make up a matrix.
@@ -149,7 +153,7 @@ class Exchange:
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized() else (0, 1)
         default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
         self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
-        self._group = weakref.ref(dist.group.WORLD) if initialized() else _no_group
+        self.group: Callable[[], Any] = weakref.ref(dist.group.WORLD) if initialized() else _no_group
         published, told = [self.matrices], list[Published]()
         if self.world_size > 1:
             mine, history = publish(), _HISTORY.setdefault(dist.group.WORLD, [0, -1])
@@ -167,8 +171,9 @@ class Exchange:
                 )
             check_hyper([of_rank.hyper for of_rank in told])
         self.plan = make_plan(published, self.bucket_bytes)
-        for of_ranks in ([of_rank.matrices for of_rank in told], [of_rank.adamw for of_rank in told]):
-            check_replicas(of_ranks)
+        if any(of_rank.compare for of_rank in told):
+            for of_ranks in ([of_rank.matrices for of_rank in told], [of_rank.adamw for of_rank in told]):
+                check_replicas(of_ranks)
         self.replicas, self.replicas_of_adamw = (
             [Replicas.of(self.rank, parts) for parts in zip(*of_ranks, strict=True)]
             for of_ranks in ([t.matrices for t in told], [t.adamw for t in told])
@@ -176,7 +181,7 @@ class Exchange:
         if not told:
             self.replicas = [Replicas(1, 0)] * len(matrices)
         self.weights_of_adamw, self.tolerance_of_adamw = (
-            torch.tensor(numbers, dtype=torch.float64, device=device)
+            torch.tensor(numbers, dtype=torch.float64 if told else torch.float32, device=device)
             for numbers in (
                 [replicas.weight for replicas in self.replicas_of_adamw],
                 [
@@ -197,7 +202,7 @@ class Exchange:
         """Whether other ranks take part, so that all must take part in the same matrices."""
         return self.world_size > 1
 
-    @property
+    @cached_property
     def has_replicas(self) -> bool:
         """Whether any part of a parameter lies on more than one rank."""
         return any(replicas.count > 1 for replicas in (*self.replicas, *self.replicas_of_adamw))
@@ -205,7 +210,7 @@ class Exchange:
     @property
     def is_current(self) -> bool:
         """Whether the default process group is the one that this was planned for."""
-        return self._group() is (dist.group.WORLD if initialized() else None)
+        return self.group() is current_group()
 
     @property
     def bytes_sent(self) -> int:
@@ -427,6 +432,11 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 def initialized() -> bool:
     """Whether there is a default process group."""
     return dist.is_available() and dist.is_initialized()
+
+
+def current_group() -> Any:
+    """The default process group, or None."""
+    return dist.group.WORLD if initialized() else None
 
 
 def leave(failed: bool = False) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
@@ -31,8 +30,9 @@ Globs: TypeAlias = str | Sequence[str]
 Blocks: TypeAlias = Mapping[str, int | Sequence[int]]
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
-# Of each module: the attribute for a learning rate, the optimizer's, and the attribute's value when first configured.
-_RATES: weakref.WeakKeyDictionary[pl.LightningModule, tuple[str, float, Any]] = weakref.WeakKeyDictionary()
+# In a module's __dict__, so that copies have it: the attribute for a learning rate, the optimizer's, and the value that
+# the attribute had when first configured.
+_RATE = "_lightning_namo_rate"
 
 
 def build_optimizer(
@@ -186,9 +186,9 @@ def _follow_attribute(module: pl.LightningModule, optimizer: Optimizer) -> None:
     if name is None or not is_number(lr):
         return
     value: Any = lightning_getattr(module, name)
-    if _RATES.get(module, (None, None))[:2] != (name, lr):
-        _RATES[module] = name, lr, value
-    original = _RATES[module][2]
+    if vars(module).get(_RATE, (None, None))[:2] != (name, lr):
+        vars(module)[_RATE] = name, lr, value
+    original = vars(module)[_RATE][2]
     if not is_number(value) or not is_number(original) or value == original:
         return
     where, cls = f"{type(module).__name__}.{name}", type(optimizer).__name__
@@ -206,8 +206,8 @@ def _follow_attribute(module: pl.LightningModule, optimizer: Optimizer) -> None:
 def _rate_attribute(module: pl.LightningModule) -> str | None:
     """The attribute or hyper-parameter that Lightning's learning rate finder takes for the learning rate."""
     names = [finder._attr_name for finder in _finders(module)]
-    if module in _RATES:
-        names.append(_RATES[module][0])  # that a finder was told in an earlier fit
+    if _RATE in vars(module):
+        names.append(vars(module)[_RATE][0])  # that a finder was told in an earlier fit
     return next((n for n in (*names, "lr", "learning_rate") if n and lightning_hasattr(module, n)), None)
 
 

@@ -369,7 +369,8 @@ class GroupedOptimizer(Optimizer):
         """Give matrices, in their order, whose momentum came from elsewhere, the state to go on with it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions", "bucket_bytes", "adopt_state")
+        hyper = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions", "bucket_bytes", "adopt_state")
+        own = (*hyper, "adamw_follows", "_adamw_skipped")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own if key in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -119,6 +119,7 @@ class Span:
 
 
 Region = Block | Span
+_LONG_ROW = 16384  # elements; up to here a row's sum is within 4e-6
 _MATRIX_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
 
@@ -205,6 +206,8 @@ def sum_of_squares(tensors: Tensor, dtype: torch.dtype) -> Tensor:
     In one go torch's kernel for the CPU adds up in a chain, whose float32 rounding grows with the tensor: 4e-5 of the
     norm of 768 x 3072 elements, 5e-3 of that of 4096 x 16384, and another one for each way to shard it.
     """
+    if tensors.dim() > 2 and tensors[0, :1].numel() > _LONG_ROW:
+        tensors = tensors.flatten(1)
     if tensors.dim() > 2:
         rows = torch.linalg.vector_norm(tensors, dim=tuple(range(2, tensors.dim())), dtype=dtype)
         return cast(Tensor, rows).square().sum(dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,28 @@ def test_what_only_changes_names_or_uses_is_no_replacement() -> None:
     module.body[0].requires_grad_(False)
     train(module, optimizer, optimizer.zero_grad, 8)
     module.body[1] = nn.Sequential(module.body[1])
+    train(module, optimizer, optimizer.zero_grad, 8)
+
+
+def test_a_layer_that_is_gone_is_warned_of_once_and_the_others_train_on() -> None:
+    module = Net()
+    optimizer = build_optimizer(module, NAMO)
+    train(module, optimizer, optimizer.zero_grad, 2)
+    del module.head
+    module.forward = lambda x: module.body(x)
+    with pytest.warns(UserWarning, match=r"head\.weight of Net is gone from the module"):
+        train(module, optimizer, optimizer.zero_grad, 1)
+    before = module.body[0].weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(module, optimizer, optimizer.zero_grad, 8)
+    assert not torch.equal(before, module.body[0].weight)
+
+
+def test_a_scripted_layer_trains() -> None:
+    module = Net()
+    module.head = torch.jit.script(module.head)
+    optimizer = build_optimizer(module, NAMO)
     train(module, optimizer, optimizer.zero_grad, 8)
 
 

@@ -91,6 +91,7 @@ def all_cases(rank: int) -> dict[str, Any]:
         "hyper": differ(rank),
         "deferred": without_waiting(rank),
         "sparse": sparse_on_one_rank(rank),
+        "replaced": replaced_on_one_rank(rank),
         "orders": orders,
         "join": in_a_join(rank),
         "zero": in_zero(rank),
@@ -177,8 +178,20 @@ def test_replicas_that_are_fed_different_gradients_are_refused_and_rounding_is_n
 
 
 def average_roughly(rank: int) -> list[str]:
-    """Gradients that each rank adds up in an order of its own."""
+    """Gradients that each rank adds up in an order of its own; a plan after that; and equal ones of very long rows."""
     said = []
+    wide = nn.Parameter(torch.ones(2, 100_000))
+    optimizer = NAMOD([wide], lr=0.02, orthogonalizer="newton_schulz")
+    wide.grad = torch.full_like(wide, 0.1)
+    said.append(message(optimizer.step))
+    module = new_module()
+    optimizer = build_optimizer(module, NAMO, **HYPER)
+    for step in range(3):
+        set_gradients(module, step)
+        for parameter in module.parameters():
+            parameter.grad *= 1 + 3e-7 * rank
+        said.append(message(optimizer.step))
+        optimizer.load_state_dict(optimizer.state_dict())
     for dtype, scale in ((torch.bfloat16, 1.0), (torch.float32, 1e12), (torch.float64, 1.0)):
         module = new_module(dtype)
         optimizer = build_optimizer(module, NAMOD, lr=0.02)
@@ -194,7 +207,7 @@ def average_roughly(rank: int) -> list[str]:
 
 
 def test_gradients_that_were_reduced_in_another_order_are_no_different_ones() -> None:
-    assert answers("rounding") == [[""] * 9] * 2
+    assert answers("rounding") == [[""] * 13] * 2
 
 
 # ---------------------------------------------------------------------- hyper-parameters
@@ -223,6 +236,16 @@ def differ(rank: int) -> dict[str, tuple[str, bool]]:
                     matrices[key] = value
             answers[f"later {key}"] = stepped(optimizer, module)
             assert step == 2 or answers[f"later {key}"][0] == ""
+    for key, value in (("lr", 1.9e-6), ("weight_decay", 0.4)):  # a small tensor beside a large one
+        module = new_module()
+        optimizer = build_optimizer(
+            module, NAMO, **HYPER | {"lr": torch.tensor(1e-6), "weight_decay": torch.tensor(0.5)}
+        )
+        for step in range(2):
+            set_gradients(module, step)
+            if step and rank:
+                optimizer.param_groups[0][key].fill_(value)
+            answers[f"small {key}"] = stepped(optimizer, module)
     module = new_module()  # a last bit that two kinds of CPUs compute differently is no difference
     optimizer = build_optimizer(module, NAMO, **HYPER)
     for step in range(2):
@@ -302,6 +325,26 @@ def test_a_sparse_gradient_on_one_rank_ends_the_step_on_all_before_anything_move
         for name, (said, unchanged) in cases.items():
             assert f"Expected a dense gradient but {name} of Sequential has a torch.sparse_coo one" in said
             assert unchanged
+
+
+def replaced_on_one_rank(rank: int) -> tuple[str, bool]:
+    module: Any = new_module()
+    optimizer = build_optimizer(module, NAMO, **HYPER)
+    for step in range(2):
+        if step and rank:
+            module[3] = nn.Linear(8, 5)
+        set_gradients(module, step)
+        for parameter in list(module.parameters())[-2:] if rank and step else []:
+            parameter.grad = None
+        optimizer.zero_grad() if rank and step else None
+        answer = stepped(optimizer, module)
+    return answer
+
+
+def test_a_layer_replaced_on_one_rank_ends_the_step_on_all() -> None:
+    for said, unchanged in answers("replaced"):
+        assert "3.weight of Sequential no longer is" in said
+        assert unchanged
 
 
 def other_order(rank: int, swapped: int, alike: bool, sharded: bool) -> list[str]:
