@@ -194,10 +194,11 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
         return "\n".join([*lines, f"rank {exchange.rank} sends {exchange.bytes_sent:,} bytes of matrices a step"])
 
     def _plan(self) -> tuple[list[Entry], list[_Family], Exchange]:
-        """Layouts, families and exchange: built at the first step, and again when the groups have changed."""
+        """Layouts, families and exchange: built at the first step, and again when groups or dtypes have changed."""
         self._fill_state()
         planned_for = [
-            (id(g), [*map(id, g["params"])], g.get("orthogonalizer"), g.get("shape_scale")) for g in self.param_groups
+            (id(g), [(id(p), p.dtype) for p in g["params"]], g.get("orthogonalizer"), g.get("shape_scale"))
+            for g in self.param_groups
         ]
         if self._planned is None or planned_for != self._planned_for or not self._planned[2].is_current:
             self._planned = None
@@ -210,10 +211,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
                 if group["orthogonalize"]
                 for parameter, name in _named(group)
             ]
-            for parameter, state in self.state.items():  # they may have been moved, or cast, since
-                for key, value in [(k, v) for k, v in state.items() if isinstance(v, Tensor)]:
-                    dtype = parameter.dtype if key in ("exp_avg", "exp_avg_sq") else value.dtype
-                    state[key] = value.to(parameter.device, dtype)
+            self._follow_parameters()
             device = entries[0].parameter.device
             iteration_dtype(device.type)  # a wrong environment variable is refused before ranks wait for one another
             numbers = {id(group): number for number, group in enumerate(self.param_groups)}

@@ -274,6 +274,18 @@ class GroupedOptimizer(Optimizer):
                 if not state or (state["step"].is_meta and not parameter.is_meta):
                     self.state[parameter] = self._initial_state(parameter, group)
 
+    def _follow_parameters(self) -> None:
+        """Give the state the devices and dtypes that it would have if it were made now: parameters may be cast."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.dtype)
+                if group["orthogonalize"]:
+                    dtypes = dict.fromkeys(self.state[parameter], statistics_dtype(parameter))
+                    dtypes["momentum_buffer"] = _momentum_dtype(group) or parameter.dtype
+                for key, value in self.state[parameter].items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][key] = value.to(parameter.device, dtypes.get(key, value.dtype))
+
     def state_dict(self) -> dict[str, Any]:
         """As torch's; under FSDP1 in the form that FSDP1 can gather (`lightning_namo.checkpoint`)."""
         self._fill_state()

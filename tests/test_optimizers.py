@@ -490,6 +490,31 @@ def test_a_module_may_be_cast_after_the_optimizer_was_built(dtype):
     assert not any(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
 
 
+@all_optimizers
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_state_follows_a_module_that_is_cast_between_two_steps(cls, dtype):
+    modules = [nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).double() for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    cast, steady = (cls(split_parameters(module), lr=0.01, orthogonalizer="svd") for module in modules)
+    for step in range(3):
+        if step == 1:
+            modules[0].to(dtype)
+        for module, optimizer in zip(modules, (cast, steady), strict=True):
+            optimizer.zero_grad()
+            weight = module[0].weight
+            module(torch.arange(8.0).view(2, 4).to(weight.dtype)).pow(3).sum().backward()
+            weight.grad.add_(torch.eye(3, 4, dtype=weight.dtype) * (step + 1) * weight.grad.abs().max())
+            optimizer.step()
+    fresh = cls(split_parameters(modules[0]))
+    for parameter, state in cast.state.items():
+        assert {key: value.dtype for key, value in state.items()} == {
+            key: value.dtype for key, value in fresh.state[parameter].items()
+        }
+    tolerance = 1000 * torch.finfo(dtype).eps
+    expected = [parameter.to(dtype) for parameter in modules[1].parameters()]
+    torch.testing.assert_close(list(modules[0].parameters()), expected, rtol=tolerance, atol=tolerance)
+
+
 def test_a_copy_routes_new_parameters_as_the_original():
     module = Fused()
     module.up.requires_grad_(False)
