@@ -462,7 +462,7 @@ class OrthogonalizedOptimizer(GroupedOptimizer):
             )
         if not counts:  # a replica's gradient enters no sum, but its own momentum
             norm_sq = sum_of_squares(grad, dtype)
-            return zeros, zeros, present * norm_sq.isfinite(), norm_sq
+            return zeros, zeros, torch.where(norm_sq.isfinite(), present, present / 2), norm_sq  # there, and no good
         grad_sq = layout.sums_of_squares(grad, self.per_column, dtype, exchange.workspace)
         norm_sq = grad_sq
         if exchange.replicas[parcel[0]].weight and grad_sq.dim() > 1:  # summed as on the other replicas

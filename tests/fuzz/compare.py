@@ -62,7 +62,9 @@ class Reference:
         self.walk, self.tally = walk, Tally()
         model = walk.model()
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        self.constant = {n: (p.detach().double(), torch.zeros_like(p, dtype=torch.float64)) for n, p in model.named_parameters()}
+        self.constant = {
+            n: (p.detach().double(), torch.zeros_like(p, dtype=torch.float64)) for n, p in model.named_parameters()
+        }
         self.trained: dict[str, OfMatrix | OfAdamW] = {}
         self.units: dict[str, Rounding] = {}
         self.skipped_groups = 0

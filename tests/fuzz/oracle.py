@@ -190,7 +190,10 @@ class Matrix:
                 factors = [factor.clamp(min=0) for factor in factors]
         few = 4 * us
         size, e_size = sizes[1], sizes[1] - sizes[0] + few * sizes[1]
-        factor, e_factor = torch.maximum(factors[0].abs(), factors[1].abs()), factors[1] - factors[0] + few * (1 + lr * lam)
+        factor, e_factor = (
+            torch.maximum(factors[0].abs(), factors[1].abs()),
+            factors[1] - factors[0] + few * (1 + lr * lam),
+        )
         moved = (size + e_size) * (O.abs() + eO)
         kept = (factor + e_factor) * (W.abs() + self.eW)
         self.eW = (
@@ -334,7 +337,9 @@ class OfAdamW:
         low, high = quotient(m, self.em, v / scale, self.ev / scale, self.group["eps"], u)
         step = lr / (1 - beta1**t)
         moved = step * m.abs() / ((v / scale).sqrt() + self.group["eps"])
-        off = torch.where(m.abs() > self.em, torch.maximum(step * high - moved, moved - step * low), step * high + moved)
+        off = torch.where(
+            m.abs() > self.em, torch.maximum(step * high - moved, moved - step * low), step * high + moved
+        )
         off = torch.where(high == 0, 0.0, off)
         self.eW = self.eW + off + 8 * u * (before.abs() + self.eW + moved + off) + (moved + off > 0) * tiny
 

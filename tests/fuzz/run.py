@@ -54,7 +54,9 @@ def run(walk: Walk, pool: Pool, tally: Tally) -> Failure | None:
             event, first, loaded = now[-1], now[-1].number + 1, saved
 
 
-def check(reference: Reference, resumed: Event | None, events: Sequence[Event], answers: list[Answer]) -> Failure | None:
+def check(
+    reference: Reference, resumed: Event | None, events: Sequence[Event], answers: list[Answer]
+) -> Failure | None:
     """Hold what ranks saw of a part of a walk against the reference."""
     event = resumed
     seen = list(zip(*(answer.seen for answer in answers), strict=False))

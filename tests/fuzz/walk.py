@@ -120,10 +120,10 @@ class Prescribed(nn.Module):
         for name, parameter in self.layer.named_parameters():
             grad = grads[clean(name)]
             if isinstance(parameter, DTensor):
-                grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements)
-                total = total + (parameter * grad).sum().full_tensor()
-            else:
-                total = total + (parameter * grad).sum()
+                mesh, placements = parameter.device_mesh, parameter.placements
+                grad = distribute_tensor(grad, mesh, placements, src_data_rank=None).to_local()
+                parameter = parameter.to_local()
+            total = total + (parameter * grad).sum()
         return total
 
 
@@ -262,11 +262,11 @@ def draw(seed: int, short: bool = False) -> Walk:
     even = place.layout == "fsdp2-shard1"
     main = rng.choices(["float64", "float32", "bfloat16"], [7, 3, 1])[0]
     mixed = rng.random() < 0.2
-    layers: list[Layer] = []
-    for _ in range(rng.randint(2, 6)):
+    layers = [replace(draw_layer(rng, even, main, place.layout, "linear"), frozen=False)]  # one matrix to train
+    for _ in range(rng.randint(1, 5)):
         dtype = rng.choice(["float64", "float32", "bfloat16"]) if mixed and rng.random() < 0.5 else main
-        layers.append(draw_layer(rng, even, dtype, place.layout))
-    layers[0] = replace(draw_layer(rng, even, main, place.layout, "linear"), frozen=False)  # one matrix to train
+        alike = replace(rng.choice(layers), frozen=rng.random() < 0.15)  # matrices of one shape are worked on together
+        layers.append(alike if rng.random() < 0.35 else draw_layer(rng, even, dtype, place.layout))
     optimizer = rng.choice(["NAMO", "NAMOD", "Muon", "AdaMuon"])
     hyper = draw_hyper(rng, optimizer)
     events: list[Event] = []
@@ -299,9 +299,12 @@ def draw_layer(rng: random.Random, even: bool, dtype: str, layout: str, kind: st
     def size(low: int, high: int) -> int:
         return rng.choice([12, 24, 36]) if even else rng.randint(low, high)
 
-    kind = kind or rng.choices(
-        ["linear", "conv1d", "conv2d", "deconv", "embedding", "norm", "tied", "bare"], [6, 1, 2, 2, 1, 1, 1, 1]
-    )[0]
+    kind = (
+        kind
+        or rng.choices(
+            ["linear", "conv1d", "conv2d", "deconv", "embedding", "norm", "tied", "bare"], [6, 1, 2, 2, 1, 1, 1, 1]
+        )[0]
+    )
     shape: tuple[int, ...] = {
         "linear": (size(1, 24), size(1, 24)),
         "conv1d": (size(1, 5), size(1, 7), rng.randint(1, 3)),

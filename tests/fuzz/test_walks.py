@@ -1,0 +1,56 @@
+"""A hundred short walks over layouts and events, on fixed seeds; and what a walk says when something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from tests.fuzz.compare import Tally
+from tests.fuzz.pool import Pool
+from tests.fuzz.run import report, run, shrink
+from tests.fuzz.walk import Event, Place, draw
+
+SEEDS = range(100)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    pool = Pool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def tally() -> Tally:
+    return Tally()
+
+
+@pytest.mark.parametrize("seed", [s if s % 10 == 0 else pytest.param(s, marks=pytest.mark.slow) for s in SEEDS])
+def test_a_walk_ends_where_the_reference_does(seed: int, pool: Pool, tally: Tally) -> None:
+    walk = draw(seed, short=True)
+    failure = run(walk, pool, tally)
+    if failure is not None:
+        pytest.fail(report(*shrink(walk, failure, pool), short=True), pytrace=False)
+
+
+@pytest.mark.slow
+def test_the_walks_have_met_every_event_and_their_bounds_are_narrow(tally: Tally) -> None:
+    assert {event.kind for seed in SEEDS for event in draw(seed, short=True).events} | {"start"} == set(tally.kinds)
+    assert tally.sharp > 0.75 * tally.numbers  # the others are of float32 and bfloat16, or after a huge gradient
+    assert tally.worst <= 1
+
+
+@pytest.mark.parametrize("place", [Place("single", 1), Place("ddp", 2), Place("fsdp2", 2)])
+def test_a_walk_that_fails_is_cut_to_the_event_that_does_it_and_says_how_to_repeat_it(place: Place, pool: Pool) -> None:
+    walk = replace(draw(3, short=True), place=place)
+    walk = replace(walk, events=(*(e for e in walk.events if e.kind == "step"), Event(9, "spoil")))
+    assert len(walk.events) > 2
+    failure = run(walk, pool, Tally())
+    assert failure is not None
+    smaller, failure = shrink(walk, failure, pool)
+    assert [event.kind for event in smaller.events] == ["spoil"]
+    text = report(smaller, failure, short=True)
+    assert "walk 3 fails after event 9: l0.layer.weight" in text
+    assert "python -m tests.fuzz --walk 3 --events 9 --short" in text
