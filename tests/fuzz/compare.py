@@ -14,7 +14,7 @@ from tests.fuzz.ranks import Part, Seen
 from tests.fuzz.walk import Event, Walk, gradients
 
 
-class Different(Exception):
+class DifferenceError(Exception):
     """In words, what differs from the reference."""
 
 
@@ -36,7 +36,7 @@ def whole(name: str, parts: list[Part], shape: tuple[int, ...]) -> Tensor:
         if all(run.shape == shape for run in runs):
             found = runs[0]
             if any(not torch.equal(run, found) for run in runs):
-                raise Different(f"{name}: ranks hold different replicas")
+                raise DifferenceError(f"{name}: ranks hold different replicas")
             return found
         return torch.cat([run.flatten() for run in runs]).view(shape)
     found = torch.empty(shape, dtype=parts[0].local.dtype)
@@ -45,13 +45,13 @@ def whole(name: str, parts: list[Part], shape: tuple[int, ...]) -> Tensor:
         offset = part.offset or (0,) * part.local.dim()
         place = tuple(slice(o, o + n) for o, n in zip(offset, part.local.shape, strict=True))
         if part.shape != shape:
-            raise Different(f"{name}: rank {rank} has shape {part.shape}, not {shape}")
+            raise DifferenceError(f"{name}: rank {rank} has shape {part.shape}, not {shape}")
         before = seen[place]
         if not torch.equal(found[place][before], part.local[before]):
-            raise Different(f"{name}: rank {rank} holds another replica than those before it")
+            raise DifferenceError(f"{name}: rank {rank} holds another replica than those before it")
         found[place], seen[place] = part.local, True
     if not bool(seen.all()):
-        raise Different(f"{name}: no rank holds all of it")
+        raise DifferenceError(f"{name}: no rank holds all of it")
     return found
 
 
@@ -130,9 +130,7 @@ class Reference:
                     continue
                 if key == "hole" and holders == [rank]:
                     del grads[name]
-                elif key == "hole":
-                    found.add((name, rank))
-                elif (name, rank) not in lacking:
+                elif key == "hole" or (name, rank) not in lacking:
                     found.add((name, rank))
         holes, poisons = {name for name, _ in lacking}, {name for name, _ in poisoned}
         if args["clip"]:
@@ -193,18 +191,17 @@ class Reference:
         """Hold what the ranks show against the reference.
 
         Raises:
-            Different: In words.
+            DifferenceError: In words.
         """
-        after = -1 if event is None else event.number
         self.tally.events += 1
         self.tally.kinds["start" if event is None else event.kind] += 1
         names = set(self.constant)
         if any(set(s.weights) != names for s in seen):
-            raise Different(f"expected the parameters {sorted(names)} but got {sorted(seen[0].weights)}")
+            raise DifferenceError(f"expected the parameters {sorted(names)} but got {sorted(seen[0].weights)}")
         if any(set(s.state) != set(self.trained) for s in seen):
-            raise Different(f"expected {sorted(self.trained)} to be trained but got {sorted(seen[0].state)}")
+            raise DifferenceError(f"expected {sorted(self.trained)} to be trained but got {sorted(seen[0].state)}")
         if any(s.hyper != seen[0].hyper for s in seen):
-            raise Different(f"ranks have different groups: {[s.hyper for s in seen]}")
+            raise DifferenceError(f"ranks have different groups: {[s.hyper for s in seen]}")
         for name in sorted(names):
             dtype = seen[0].weights[name].local.dtype
             self._cast(name, dtype, seen)
@@ -216,12 +213,14 @@ class Reference:
             expected: Expected = self.trained[name].expected()
             self._close(name, weight, *expected.weight)
             if seen[0].hyper[name][1:] != (expected.lr, expected.weight_decay):
-                raise Different(
+                raise DifferenceError(
                     f"{name}: lr and weight decay are {seen[0].hyper[name][1:]}, expected "
                     f"{(expected.lr, expected.weight_decay)}"
                 )
             if any(set(s.state[name]) != set(expected.state) for s in seen):
-                raise Different(f"{name}: state has {sorted(seen[0].state[name])}, expected {sorted(expected.state)}")
+                raise DifferenceError(
+                    f"{name}: state has {sorted(seen[0].state[name])}, expected {sorted(expected.state)}"
+                )
             # torch's AdamW counts where a gradient has come, which FSDP1 gives to no rank that holds nothing
             holders = [s for s in seen if s.weights[name].local.numel()] if not self.walk.is_matrix(name) else seen
             for key, (value, off) in expected.state.items():
@@ -229,10 +228,9 @@ class Reference:
                 self._close(f"{key} of {name}", whole(f"{key} of {name}", parts, tuple(value.shape)), value, off)
         matrices = sum(t.skipped for t in self.trained.values() if isinstance(t, OfMatrix))
         if any(s.skipped != matrices + self.skipped_groups for s in seen):
-            raise Different(
+            raise DifferenceError(
                 f"skipped_steps() is {[s.skipped for s in seen]}, expected {matrices} + {self.skipped_groups}"
             )
-        del after
 
     def _cast(self, name: str, dtype: torch.dtype, seen: list[Seen]) -> None:
         """Add what a cast has rounded."""
@@ -253,13 +251,13 @@ class Reference:
     def _close(self, what: str, actual: Tensor, expected: Tensor, off: Tensor) -> None:
         error = (actual.double() - expected).abs()
         self.tally.numbers += error.numel()
-        self.tally.sharp += int((off <= 1e-3 * expected.abs().amax() + 0.0).sum()) if error.numel() else 0
+        self.tally.sharp += int((off <= 1e-3 * expected.abs().amax()).sum()) if error.numel() else 0
         ratio = torch.where(error == 0, 0.0, error / off)
         worst = float(ratio.max()) if ratio.numel() else 0.0
         self.tally.worst = max(self.tally.worst, worst)
         if not worst <= 1:
             at = tuple(int(i) for i in torch.unravel_index(ratio.nan_to_num(nan=math.inf).argmax(), ratio.shape))
-            raise Different(
+            raise DifferenceError(
                 f"{what}{list(at)} is {actual[at].item()!r}, expected {expected[at].item()!r} to within "
                 f"{off.expand_as(error)[at].item():.2g}"
             )

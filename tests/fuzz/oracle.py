@@ -74,8 +74,8 @@ class Polar:
         self.N = N
         U, S, Vh = torch.linalg.svd(N, full_matrices=False)
         cut = float(S[0]) * max(N.shape) * unit(torch.promote_types(self.weight, torch.float32))
-        rank = int((S > cut).sum())
-        self.O = U[:, :rank] @ Vh[:rank]
+        rank = int((cut < S).sum())
+        self.factor = U[:, :rank] @ Vh[:rank]
         e = self.spread
         if self.signs:
             sure = bool(((self.before_sign.abs() > e) | ((self.before_sign == 0) & (e == 0))).all())
@@ -92,7 +92,7 @@ class Polar:
         agreed = gap - distance > cut * (1 + 1e-6) and (rank == full or following + distance < cut * (1 - 1e-6))
         bound = 4 * (distance + noise) / (gap - distance - noise) if agreed and gap > distance + noise else inf
         self.off = min(max(bound, self.off), 2 * sqrt(max(full, 1)))
-        return self.O
+        return self.factor
 
 
 class Matrix:
@@ -138,11 +138,11 @@ class Matrix:
         sent = eN + uw * N.abs()
         self.polar.weight, self.polar.spread, self.polar.before_sign = units.weight, sent, N
         self.W = next(self.weights)
-        O, eO = self.polar.O, torch.full_like(W, self.polar.off) + uw * self.polar.O.abs()
+        P, eP = self.polar.factor, torch.full_like(W, self.polar.off) + uw * self.polar.factor.abs()
         if self.rule == "AdaMuon":
-            self._adamuon(W, O, eO, units)
+            self._adamuon(W, P, eP, units)
         else:
-            self._scaled(W, G, eG, N, eN, O, eO, units)
+            self._scaled(W, G, eG, N, eN, P, eP, units)
 
     def _statistic(self, X: Tensor, e: Tensor, us: float, tiny: float) -> tuple[Tensor, Tensor]:
         """``||X||^2``, of the matrix or of the columns, and its bound."""
@@ -153,7 +153,7 @@ class Matrix:
         return total, off + (count + 8) * us * (total + off) + (total + off > 0) * count * tiny
 
     def _scaled(
-        self, W: Tensor, G: Tensor, eG: Tensor, N: Tensor, eN: Tensor, O: Tensor, eO: Tensor, units: Rounding
+        self, W: Tensor, G: Tensor, eG: Tensor, N: Tensor, eN: Tensor, P: Tensor, eP: Tensor, units: Rounding
     ) -> None:
         h, us, uw = self.hyper, unit(units.statistics), unit(units.weight)
         lr, lam, mu1 = float(self.lr), float(self.weight_decay), h["momentum"]
@@ -194,27 +194,27 @@ class Matrix:
             torch.maximum(factors[0].abs(), factors[1].abs()),
             factors[1] - factors[0] + few * (1 + lr * lam),
         )
-        moved = (size + e_size) * (O.abs() + eO)
+        moved = (size + e_size) * (P.abs() + eP)
         kept = (factor + e_factor) * (W.abs() + self.eW)
         self.eW = (
             (factor + e_factor) * self.eW
             + e_factor * W.abs()
-            + (size + e_size) * eO
-            + e_size * O.abs()
+            + (size + e_size) * eP
+            + e_size * P.abs()
             + 4 * uw * (moved + kept)
             + (moved + kept > 0) * least(units.weight)
         )
 
-    def _adamuon(self, W: Tensor, O: Tensor, eO: Tensor, units: Rounding) -> None:
+    def _adamuon(self, W: Tensor, P: Tensor, eP: Tensor, units: Rounding) -> None:
         assert self.v is not None
         assert self.ev is not None
         h, us, uw = self.hyper, unit(units.statistics), unit(units.weight)
         lr, lam, beta, eps = float(self.lr), float(self.weight_decay), h["beta2"], h["eps"]
-        self.v = beta * self.v + (1 - beta) * O.square()
-        self.ev = beta * self.ev + (1 - beta) * square_interval(O, eO) + 4 * us * self.v
-        low, high = quotient(O, eO, self.v, self.ev, eps, us)
-        U = O.abs() / (self.v.sqrt() + eps)
-        eU = torch.where(O.abs() > eO, torch.maximum(high - U, U - low), high + U)
+        self.v = beta * self.v + (1 - beta) * P.square()
+        self.ev = beta * self.ev + (1 - beta) * square_interval(P, eP) + 4 * us * self.v
+        low, high = quotient(P, eP, self.v, self.ev, eps, us)
+        U = P.abs() / (self.v.sqrt() + eps)
+        eU = torch.where(P.abs() > eP, torch.maximum(high - U, U - low), high + U)
         eU = torch.where(high == 0, 0.0, eU)
         norm, off = U.norm(), eU.norm() + (U.numel() + 8) * us * U.norm()
         top = lr * (h["shape_scale"] or 1.0) * sqrt(W.numel())
@@ -334,6 +334,7 @@ class OfAdamW:
         self.em = beta1 * self.em + (1 - beta1) * eG + 4 * um * size + (size > 0) * tiny
         self.ev = beta2 * self.ev + (1 - beta2) * square_interval(G, eG) + 6 * um * (v + self.ev) + (size > 0) * tiny
         scale, lr, decay = 1 - beta2**t, self.group["lr"], self.group["weight_decay"]
+        kept = abs(1 - lr * decay) * self.eW
         low, high = quotient(m, self.em, v / scale, self.ev / scale, self.group["eps"], u)
         step = lr / (1 - beta1**t)
         moved = step * m.abs() / ((v / scale).sqrt() + self.group["eps"])
@@ -341,7 +342,7 @@ class OfAdamW:
             m.abs() > self.em, torch.maximum(step * high - moved, moved - step * low), step * high + moved
         )
         off = torch.where(high == 0, 0.0, off)
-        self.eW = self.eW + off + 8 * u * (before.abs() + self.eW + moved + off) + (moved + off > 0) * tiny
+        self.eW = kept + off + 8 * u * (before.abs() + kept + moved + off) + (moved + off > 0) * tiny
 
     def round(self, units: Rounding) -> None:
         """The parameter and its state were cast."""

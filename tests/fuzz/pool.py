@@ -1,4 +1,4 @@
-"""Four processes that outlive the walks: each walk forms the group that it needs among them, and takes it down again."""
+"""Four processes that outlive the walks: each walk forms its own group among them, and takes it down again."""
 
 from __future__ import annotations
 

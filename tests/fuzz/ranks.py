@@ -1,4 +1,4 @@
-"""What every rank of a walk does: builds its part of model and optimizer, lives through the events, says what it holds."""
+"""What every rank of a walk does: builds its part of model and optimizer, lives through events, says what it holds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CLASSES = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 
 @dataclass
 class Part:
-    """What a rank holds of a tensor: where it begins (FSDP1: None, runs follow one another by rank), and the numbers."""
+    """What a rank holds of a tensor: where that begins (FSDP1: None, runs follow one another by rank), and numbers."""
 
     shape: tuple[int, ...] | None
     offset: tuple[int, ...] | None

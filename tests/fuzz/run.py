@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.fuzz.compare import Different, Reference, Tally
+from tests.fuzz.compare import DifferenceError, Reference, Tally
 from tests.fuzz.pool import Pool, PoolError
 from tests.fuzz.ranks import Answer, take_part
 from tests.fuzz.walk import Event, Walk
@@ -68,7 +68,7 @@ def check(
             elif resumed is not None:
                 reference.live_through(resumed, list(now), list(now))
             reference.compare(event, list(now))
-    except Different as difference:
+    except DifferenceError as difference:
         return Failure(None if event is None else event.number, str(difference))
     except Exception:
         return Failure(None if event is None else event.number, f"the reference: {traceback.format_exc()}")

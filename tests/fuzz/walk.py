@@ -205,9 +205,8 @@ class Walk:
                 stopped.add(layer)
             elif event.kind == "unfreeze" and layer in stopped:
                 stopped.remove(layer)
-            elif event.kind == "unfreeze" and self.layers[layer].frozen and layer not in added:
-                if place.layout != "fsdp1":  # whose flat parameters keep what they were wrapped with
-                    added.append(layer)
+            elif event.kind == "unfreeze" and place.layout != "fsdp1":  # whose flat parameters stay what they were
+                added += [layer] if self.layers[layer].frozen and layer not in added else []
         frozen = {i for i, layer in enumerate(self.layers) if layer.frozen and i not in added}
         return Standing(place, added, frozen | stopped, frozen)
 
