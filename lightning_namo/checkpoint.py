@@ -371,11 +371,15 @@ def check_states(states: Sequence[State], held: Sequence[Held], cls: str) -> Non
     """
     for state, h in zip(states, held, strict=True):
         if not fits(state, h):
+            frozen = (
+                " The parameter is frozen, and torch.distributed.checkpoint leaves out the state of frozen parameters: "
+                "set requires_grad=True while you save and load."
+            )
             raise ValueError(
                 f"Expected the state of {h.name} to be {_words(h.state)} but the checkpoint has "
                 f"{_words(state) or 'none'}. It is of another optimizer than {cls}, of another model or routing, "
                 "incomplete, or one rank's shards. To take over the momentum of another optimizer pass "
-                "adopt_state=True. Nothing was loaded."
+                f"adopt_state=True.{'' if state or h.parameter.requires_grad else frozen} Nothing was loaded."
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
 
@@ -285,3 +286,18 @@ def test_a_state_loads_after_a_module_built_on_meta_was_given_memory_in_place(cl
     train(model, optimizer, range(3, 6))
     train(empty, resumed, range(3, 6))
     assert_same(empty.state_dict(), model.state_dict())
+
+
+def test_a_frozen_parameter_that_torchs_checkpoints_leave_out_is_refused_with_what_to_do():
+    model, optimizer = trained()
+    model.out.weight.requires_grad_(False)  # of the optimizer, which keeps its momentum
+    weights, state = get_state_dict(model, optimizer)
+    with pytest.raises(
+        ValueError, match=r"out\.weight .* frozen, and torch.*requires_grad=True while you save and load"
+    ):
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    model.out.weight.requires_grad_(True)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    weights, state = get_state_dict(model, optimizer)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state)
+    assert_same(optimizer.state_dict()["state"], before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,23 +80,21 @@ def check(
     return None
 
 
-def shrink(walk: Walk, failure: Failure, pool: Pool, tries: int = 60) -> tuple[Walk, Failure]:
-    """A walk of fewer events that fails, too: halves, quarters, ... and at last single events are cut."""
+def shrink(walk: Walk, failure: Failure, pool: Pool, seconds: float = 90) -> tuple[Walk, Failure]:
+    """A walk of fewer events that fails, too: halves, quarters and at last single events are cut, while there is time."""
+    end = time.monotonic() + seconds
     events = [e.number for e in walk.events if failure.event is None or e.number <= failure.event]
     size = max(1, len(events) // 2)
     start = walk.only(events)
     if (again := run(start, pool, Tally())) is None:
         return walk, failure
     walk, failure = start, again
-    while size and tries:
+    while size and time.monotonic() < end:
         cut = False
         for begin in range(0, len(events), size):
             kept = events[:begin] + events[begin + size :]
-            if not tries or len(kept) == len(events):
-                break
-            tries -= 1
             smaller = walk.only(kept)
-            if (again := run(smaller, pool, Tally())) is not None:
+            if time.monotonic() < end and (again := run(smaller, pool, Tally())) is not None:
                 walk, failure, events, cut = smaller, again, kept, True
                 break
         if not cut:
