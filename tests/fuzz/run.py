@@ -81,7 +81,7 @@ def check(
 
 
 def shrink(walk: Walk, failure: Failure, pool: Pool, seconds: float = 90) -> tuple[Walk, Failure]:
-    """A walk of fewer events that fails, too: halves, quarters and at last single events are cut, while there is time."""
+    """A walk of fewer events that fails, too: halves, quarters, then single events are cut, while there is time."""
     end = time.monotonic() + seconds
     events = [e.number for e in walk.events if failure.event is None or e.number <= failure.event]
     size = max(1, len(events) // 2)
