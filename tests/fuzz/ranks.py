@@ -241,7 +241,8 @@ class Member:
 
         self.optimizer.zero_grad()
         holed, poisoned = (args[key][0] % self.place.world == self.rank for key in ("hole", "poison"))
-        if args["closure"] and not (args["missing"] or args["hole"][1] or args["poison"][1] or args["clip"]):
+        dropped = args["missing"] or (self.place.layout == "fsdp1" and self.still != self.unknown)
+        if args["closure"] and not (dropped or args["hole"][1] or args["poison"][1] or args["clip"]):
             self.optimizer.step(backward)
             return
         backward()
