@@ -341,7 +341,7 @@ def draw_hyper(rng: random.Random, optimizer: str) -> dict[str, Any]:
     momentum = rng.choice([0.0, 0.3, 0.8, 0.95])
     hyper: dict[str, Any] = {
         "lr": 10 ** rng.uniform(-2.5, -0.5),
-        "weight_decay": rng.choice([0.0, 0.1, 1.5]),
+        "weight_decay": rng.choice([0.0, 0.1, 1.5, 8.0]),
         "momentum": momentum,
         "nesterov": rng.random() < 0.5,
         "orthogonalizer": "svd",
