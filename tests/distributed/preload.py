@@ -1,0 +1,11 @@
+"""What the server of `launch` imports, once for all processes that are forked from it. Nothing here starts a thread."""
+
+import gc
+
+import torch._dynamo
+import torch.distributed.run
+
+import lightning_namo.cli
+from tests.distributed import job, layouts, test_checkpoints, worker  # noqa: F401
+
+gc.freeze()  # what is here stays: no child's collector goes through it
