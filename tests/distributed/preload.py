@@ -1,3 +1,4 @@
+# ruff: noqa: F401
 """What the server of `launch` imports, once for all processes that are forked from it. Nothing here starts a thread."""
 
 import gc
@@ -6,6 +7,6 @@ import torch._dynamo
 import torch.distributed.run
 
 import lightning_namo.cli
-from tests.distributed import job, layouts, test_checkpoints, worker  # noqa: F401
+from tests.distributed import job, layouts, test_checkpoints, worker
 
 gc.freeze()  # what is here stays: no child's collector goes through it

@@ -113,7 +113,7 @@ def test_another_model_on_one_rank_is_named_on_all_ranks_and_fsdp2_does_not_hang
 
 
 def test_a_port_in_use_is_named_before_any_process_is_started(folder: Path) -> None:
-    job = [sys.executable, *command("ddp", 1, 2, None, [])]
+    job = [sys.executable, "-m", "lightning_namo", *command("ddp", 1, 2, None, [])]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         (ended,) = finish([(job, {"MASTER_PORT": str(port)})], folder, timeout=60)
