@@ -30,7 +30,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.test_strategies import CPUFSDPStrategy
 from tests.distributed.worker import clean, relative_error, whole
 
-STEPS, SAVED_AT, BATCH = 6, 3, 6
+STEPS, SAVED_AT, BATCH = 5, 3, 6
 OPTIMIZERS: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon}
 ADOPTER = NAMOD  # goes on where AdamW stopped
 
