@@ -78,7 +78,7 @@ def command(strategy: str, nodes: int, devices: int, fault: str | None, options:
         callbacks.append({"class_path": f"{__name__}.{fault}"})
     trainer = {"callbacks": callbacks, "num_nodes": nodes, "devices": devices}
     layers = [CONFIGS / "quickstart.yaml", CONFIGS / "strategy" / f"{strategy}.yaml"]
-    layers += [json.dumps(SMALL), json.dumps({"trainer": trainer})]
+    layers += [json.dumps(SMALL | {"trainer": SMALL["trainer"] | trainer})]
     configs = [f"--config={layer}" for layer in layers]
     return ["fit", *configs, *options]
 

@@ -5,8 +5,10 @@ import gc
 
 import torch._dynamo
 import torch.distributed.run
+import torch.utils.tensorboard
 
 import lightning_namo.cli
+import lightning_namo.gpt2.summary
 from tests.distributed import job, layouts, test_checkpoints, worker
 
 gc.freeze()  # what is here stays: no child's collector goes through it

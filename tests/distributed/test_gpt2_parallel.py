@@ -32,19 +32,22 @@ from tests.distributed.worker import clean
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 STEPS, BATCH = 6, 8  # sequences of 32 tokens in a global batch
+LAYER = {
+    "model": {"init_args": {"n_layer": 2, "n_embd": 64}},
+    "data": {"init_args": {"block_size": 32}},
+    "optim": {"optimizer": {"init_args": {"orthogonalizer": "svd"}}, "schedule": None},
+    "trainer": {
+        "max_steps": STEPS,
+        "val_check_interval": 1,
+        "limit_val_batches": 1,
+        "log_every_n_steps": 1,
+        "accelerator": "cpu",
+    },
+}
 COMMON = [  # gradients are clipped, as in the quickstart
     "fit",
     f"--config={CONFIGS / 'quickstart.yaml'}",
-    "--model.n_layer=2",
-    "--model.n_embd=64",
-    "--data.block_size=32",
-    "--optim.optimizer.orthogonalizer=svd",
-    "--optim.schedule=null",
-    f"--trainer.max_steps={STEPS}",
-    "--trainer.val_check_interval=1",
-    "--trainer.limit_val_batches=1",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.accelerator=cpu",
+    "--config=" + json.dumps(LAYER),
 ]
 FEW = json.dumps(  # a token at a time takes most of a run where several processes share two cores
     [
