@@ -30,6 +30,7 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.test_strategies import CPUFSDPStrategy
 from tests.distributed.worker import clean, relative_error, whole
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all the runs
 STEPS, SAVED_AT, BATCH = 5, 3, 6
 OPTIMIZERS: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon}
 ADOPTER = NAMOD  # goes on where AdamW stopped
@@ -212,7 +213,7 @@ def run_all(cases: list[tuple[str, str, str | None]], folder: str) -> dict[Any, 
     answers: dict[Any, dict[str, Tensor]] = {}
     for world in sorted({PLACES[to][0] for to, _, _ in cases}):
         of_world = [case for case in dict.fromkeys(cases) if PLACES[case[0]][0] == world]
-        answers |= run_ranks(run_cases, world, of_world, folder)[0]
+        answers |= run_ranks(run_cases, world, of_world, folder, timeout=400)[0]
     return answers
 
 
