@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,13 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = tmp_path_factory.mktemp("tokens")
     prepare_speeches(data / "sotu")
     return data
+
+
+@pytest.fixture(scope="module")
+def selected(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    """The parameters of the module's tests that are to be run (see -k and -m): what others need is left out."""
+    items = [item for item in request.session.items if item.path == request.path]
+    return [item.callspec.params if hasattr(item, "callspec") else {} for item in items]
 
 
 @pytest.fixture

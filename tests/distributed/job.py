@@ -1,4 +1,8 @@
-"""A training job as users start it, the command line on several processes, with faults to order."""
+"""A training job as users start it, the command line on several processes, with faults to order.
+
+`lightning-namo` and `torchrun` are forked from the server of `launch`, which spares a process ten seconds of imports.
+The program that users start, which imports for itself, runs in test_slurm, test_gpt2_parallel and test_quickstart.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import atexit
 import contextlib
 import csv
 import dataclasses
+import importlib
 import json
 import os
 import resource
@@ -15,13 +20,14 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from tests.distributed.launch import free_port
+from tests.distributed.launch import free_port, serve
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -50,6 +56,10 @@ SAVING = {  # what the README recommends
     },
 }
 LAST = ("--ckpt_path", "last")
+MAINS = {  # of the commands that are forked
+    "lightning-namo": "lightning_namo.cli",
+    "torchrun": "torch.distributed.run",
+}
 
 
 @dataclasses.dataclass
@@ -68,9 +78,9 @@ def command(strategy: str, nodes: int, devices: int, fault: str | None, options:
         callbacks.append({"class_path": f"{__name__}.{fault}"})
     trainer = {"callbacks": callbacks, "num_nodes": nodes, "devices": devices}
     layers = [CONFIGS / "quickstart.yaml", CONFIGS / "strategy" / f"{strategy}.yaml"]
-    layers += [json.dumps(SMALL), json.dumps({"trainer": trainer})]
+    layers += [json.dumps(SMALL | {"trainer": SMALL["trainer"] | trainer})]
     configs = [f"--config={layer}" for layer in layers]
-    return ["-m", "lightning_namo", "fit", *configs, *options]
+    return ["fit", *configs, *options]
 
 
 def run_ranks(
@@ -78,7 +88,7 @@ def run_ranks(
 ) -> list[Ended]:
     """A process for each rank, as a scheduler starts them; the ranks in order."""
     ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0", "WORLD_SIZE": str(devices)}
-    job = [sys.executable, *command(strategy, 1, devices, fault, options)]
+    job = ["lightning-namo", *command(strategy, 1, devices, fault, options)]
     return finish([(job, ranks | {"LOCAL_RANK": str(rank)}) for rank in range(devices)], folder)
 
 
@@ -91,24 +101,68 @@ def run_agents(
     fault: str | None = None,
     restarts: int = 0,
 ) -> list[Ended]:
-    """A torchrun for each node; the agents in order."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={devices}"]
+    """A torchrun for each node; the agents in order. Each forks its ranks, which find imported what it has."""
+    torchrun = ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={devices}"]
     torchrun += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
-    torchrun += [f"--max_restarts={restarts}"]
+    torchrun += [f"--max_restarts={restarts}", "--start_method=fork", "--run_path"]
+    torchrun += [str(ROOT / "lightning_namo" / "__main__.py")]
     # Else torchrun gives restarted ranks the store of the dead ones, whose addresses they may take (pytorch #135712).
     own = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     return finish([([*torchrun, *command(strategy, nodes, devices, fault, options)], own)] * nodes, folder)
 
 
+class Forked(ForkServerProcess):
+    """A command of `MAINS`, forked from the server that has imported what it needs; used as a `subprocess.Popen`."""
+
+    def __init__(self, job: list[str], folder: Path, environment: dict[str, str], output: str) -> None:
+        super().__init__()
+        self.job, self.folder, self.environment, self.output = job, folder, environment, output
+        serve()
+        self.start()
+
+    def run(self) -> None:
+        os.setsid()
+        os.chdir(self.folder)
+        os.environ.clear()
+        os.environ.update(self.environment)
+        with open(self.output, "a") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+        sys.argv = self.job
+        try:
+            importlib.import_module(MAINS[self.job[0]]).main(self.job[1:])
+        finally:
+            atexit._run_exitfuncs()  # as Python does when it ends
+
+    def wait(self, timeout: float | None = None) -> None:
+        self.join(timeout)
+        if self.is_alive():
+            raise subprocess.TimeoutExpired(self.job, timeout or 0)
+
+    @property
+    def returncode(self) -> int:
+        assert self.exitcode is not None
+        return self.exitcode
+
+
+def start(job: list[str], folder: Path, environment: dict[str, str], output: str) -> subprocess.Popen[bytes] | Forked:
+    """A process in a session of its own, which writes to a file."""
+    if job[0] in MAINS:
+        return Forked(job, folder, environment, output)
+    with open(output, "a") as out:
+        return subprocess.Popen(
+            job, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
 def finish(commands: list[tuple[list[str], dict[str, str]]], folder: Path, timeout: float = 120) -> list[Ended]:
     """Run commands, each with variables of its own, side by side in a folder; an AssertionError if one hangs."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"}
-    outputs = [(folder / f"output-{number}.txt").open("w+") for number in range(len(commands))]
+    outputs = [folder / f"output-{number}.txt" for number in range(len(commands))]
+    for output in outputs:
+        output.unlink(missing_ok=True)
     processes = [
-        subprocess.Popen(
-            job, cwd=folder, env=environment | own, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        for (job, own), out in zip(commands, outputs, strict=True)
+        start(job, folder, environment | own, str(output)) for (job, own), output in zip(commands, outputs, strict=True)
     ]
     deadline = time.monotonic() + timeout
     hanging = False
@@ -124,16 +178,12 @@ def finish(commands: list[tuple[list[str], dict[str, str]]], folder: Path, timeo
             process.wait(10)
         _signal_group(process, signal.SIGKILL)
         process.wait()
-    texts = []
-    for out in outputs:
-        out.seek(0)
-        texts.append(out.read())
-        out.close()
+    texts = [output.read_text() for output in outputs]
     assert not hanging, "\n".join(texts)
     return [Ended(*each) for each in zip((process.returncode for process in processes), texts, leftovers, strict=True)]
 
 
-def _signal_group(leader: subprocess.Popen[bytes], number: signal.Signals) -> bool:
+def _signal_group(leader: subprocess.Popen[bytes] | Forked, number: signal.Signals) -> bool:
     """Whether there was anybody to signal: the process or what it started."""
     try:
         os.killpg(leader.pid, number)

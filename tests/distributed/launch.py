@@ -1,10 +1,16 @@
-"""Start real processes in a gloo group, wait no longer than a deadline, and bring their answers or errors back."""
+"""Start real processes in a gloo group, wait no longer than a deadline, and bring their answers or errors back.
+
+They are forked from a server that has imported what takes seconds (`preload`), and that ends with this process.
+"""
 
 from __future__ import annotations
 
 import gc
+import multiprocessing.forkserver
 import os
+import pickle
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -12,10 +18,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 
 
 class WorkerError(RuntimeError):
@@ -28,6 +37,12 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def serve() -> None:
+    """Start the server, unless it runs. It keeps this environment: what it forks is to be given one of its own."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)):
+        multiprocessing.forkserver.ensure_running()
+
+
 def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
     """Call ``worker(rank, *args)`` on every rank of a new group; its results by rank.
 
@@ -35,10 +50,16 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
         WorkerError: With every rank's message, if one raised, or if one is still running after ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        context = mp.get_context("spawn")
+        ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ranks
+        call = pickle.dumps((worker, args))  # tensors by value: else each would take a file descriptor
+        serve()
         processes = [
-            context.Process(target=_main, args=(worker, rank, world_size, port, folder, args), daemon=True)
+            CONTEXT.Process(
+                target=_main,
+                args=(call, rank, folder, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+                daemon=True,
+            )
             for rank in range(world_size)
         ]
         for process in processes:
@@ -57,19 +78,12 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
         return [torch.load(Path(folder, f"{r}.pt"), weights_only=False) for r in range(world_size)]
 
 
-def _main(
-    worker: Callable[..., Any], rank: int, world_size: int, port: int, folder: str, args: tuple[Any, ...]
-) -> None:
-    os.environ.update(
-        OMP_NUM_THREADS="1",
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_RANK=str(rank),
-    )
+def _main(call: bytes, rank: int, folder: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
+        worker, args = pickle.loads(call)
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
         result = worker(rank, *args)
         torch.save(result, Path(folder, f"{rank}.pt"))

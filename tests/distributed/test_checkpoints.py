@@ -30,7 +30,8 @@ from tests.distributed.launch import run_ranks
 from tests.distributed.test_strategies import CPUFSDPStrategy
 from tests.distributed.worker import clean, relative_error, whole
 
-STEPS, SAVED_AT, BATCH = 6, 3, 6
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all the runs
+STEPS, SAVED_AT, BATCH = 5, 3, 6
 OPTIMIZERS: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon}
 ADOPTER = NAMOD  # goes on where AdamW stopped
 
@@ -200,7 +201,6 @@ CASES = [
     if readable(source, to) and (optimizer in EVERYWHERE or to in ("single", "fsdp1 2", "fsdp2 2"))
 ]
 CASES += [(place, place.removesuffix(" sharded"), o) for place in PLACES if "bf16" in place for o in OPTIMIZERS]
-ADOPTIONS = [("single", to, "adopter") for to in RESUMING]
 
 
 @pytest.fixture(scope="module")
@@ -208,26 +208,43 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("checkpoints"))
 
 
+def run_all(cases: list[tuple[str, str, str | None]], folder: str) -> dict[Any, dict[str, Tensor]]:
+    """Run each case once, those of a number of processes in one launch."""
+    answers: dict[Any, dict[str, Tensor]] = {}
+    for world in sorted({PLACES[to][0] for to, _, _ in cases}):
+        of_world = [case for case in dict.fromkeys(cases) if PLACES[case[0]][0] == world]
+        answers |= run_ranks(run_cases, world, of_world, folder, timeout=400)[0]
+    return answers
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(folder: str) -> dict[Any, dict[str, Tensor]]:
+def cases(selected: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
+    """(source, to, optimizer) of all tests that are to be run."""
+    adopting = [("single", to, "adopter") for case in selected if "source" not in case for to in ("single", case["to"])]
+    return [(case["source"], case["to"], case["optimizer"]) for case in selected if "source" in case] + adopting
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cases: list[tuple[str, str, str]], folder: str) -> dict[Any, dict[str, Tensor]]:
     """Runs without a stop; their checkpoints are left in the folder."""
-    answers: dict[Any, dict[str, Tensor]] = {}
-    for world in (1, 2, 3):
-        cases = [(p, o, None) for p in PLACES for o in OPTIMIZERS if PLACES[p][0] == world]
-        answers |= run_ranks(run_cases, world, [*cases, *[("single", "AdamW", None)] * (world == 1)], folder)[0]
-    return answers
+    return run_all([(source, "AdamW" if o == "adopter" else o, None) for source, _, o in cases], folder)
 
 
 @pytest.fixture(scope="module")
-def resumed(folder: str, uninterrupted: dict[Any, dict[str, Tensor]]) -> dict[Any, dict[str, Tensor]]:
-    answers: dict[Any, dict[str, Tensor]] = {}
-    for world in (1, 2, 3):
-        cases = [(to, o, source) for source, to, o in CASES + ADOPTIONS if PLACES[to][0] == world]
-        answers |= run_ranks(run_cases, world, cases, folder)[0]
-    return answers
+def resumed(
+    cases: list[tuple[str, str, str]], folder: str, uninterrupted: dict[Any, dict[str, Tensor]]
+) -> dict[Any, dict[str, Tensor]]:
+    return run_all([(to, o, source) for source, to, o in cases], folder)
 
 
-@pytest.mark.parametrize(("source", "to", "optimizer"), CASES)
+def few(source: str, to: str, optimizer: str) -> bool:
+    """What is not slow: full and sharded checkpoints, of one process and of two."""
+    return optimizer == "NAMOD" and source in ("single", "fsdp1 2", "fsdp2 2 sharded") and to in ("single", "fsdp2 2")
+
+
+@pytest.mark.parametrize(
+    ("source", "to", "optimizer"), [pytest.param(*case, marks=[] if few(*case) else pytest.mark.slow) for case in CASES]
+)
 def test_a_resumed_run_equals_the_uninterrupted_one(
     source: str, to: str, optimizer: str, uninterrupted: dict[Any, Any], resumed: dict[Any, Any]
 ) -> None:
@@ -239,7 +256,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
         assert relative_error(weight, expected[name]) <= tolerance, name
 
 
-@pytest.mark.parametrize("to", RESUMING)
+@pytest.mark.parametrize("to", [pytest.param(to, marks=[] if to == "fsdp2 2" else pytest.mark.slow) for to in RESUMING])
 def test_a_run_of_adamw_goes_on_with_namo_d_as_on_one_device(to: str, resumed: dict[Any, Any]) -> None:
     expected, actual = resumed["single", "adopter", "single"], resumed[to, "adopter", "single"]
     for name, weight in actual.items():

@@ -26,7 +26,7 @@ from lightning_namo import NAMOD, ClipsGradients, GradientClipping, clip_gradien
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients
 from tests.distributed.test_strategies import HYPER, STRATEGIES, Net, Regression
-from tests.distributed.worker import Wire, clean, counted, new_module, relative_error, whole
+from tests.distributed.worker import Backward, Wire, clean, counted, new_module, relative_error, whole
 
 WORLD_SIZES = (2, 4)
 BOUND = {"norm": "max_norm", "value": "clip_value"}
@@ -61,11 +61,11 @@ def clip_case(name: str, dtype: torch.dtype) -> dict[str, Any]:
     kind, wrap = CLIP_LAYOUTS[name]
     plain = new_module(kind, dtype)
     grads = prescribed_gradients(plain, 0)
-    module = wrap(plain)
+    backward = Backward(module := wrap(plain), [grads])
     answer: dict[str, Any] = {}
     for algorithm, bound in (("norm", 0.5), ("value", 0.05)):
         module.zero_grad()
-        module(grads).backward()
+        backward(0)
         expected = {f"{child}.layer.{key}": g.clone() for child, of in grads.items() for key, g in of.items()}
         norm = torch.cat([grad.double().flatten() for grad in expected.values()]).norm()
         holders = [nn.Parameter(grad) for grad in expected.values()]

@@ -33,6 +33,7 @@ def check_losses(folder: Path, expected: dict[int, float], strategy: str = "ddp"
     assert losses(folder, start) == pytest.approx(rest, rel=TOLERANCE[strategy], abs=0)
 
 
+@pytest.mark.slow
 def test_the_others_end_when_a_rank_is_killed_and_the_last_checkpoint_goes_on(
     folder: Path, uninterrupted: dict[int, float]
 ) -> None:
@@ -46,12 +47,14 @@ def test_the_others_end_when_a_rank_is_killed_and_the_last_checkpoint_goes_on(
     check_losses(folder, uninterrupted, start=AT)
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_the_ranks_from_the_last_checkpoint(folder: Path, uninterrupted: dict[int, float]) -> None:
     succeed(run_agents(folder, *LAST, fault="KilledOnce", restarts=1))
     assert (folder / "killed").exists()
     check_losses(folder, uninterrupted, start=AT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_sigterm_saves_the_step_at_hand_and_the_job_goes_on_from_there(
     strategy: str, folder: Path, uninterrupted: dict[int, float]
@@ -64,6 +67,7 @@ def test_sigterm_saves_the_step_at_hand_and_the_job_goes_on_from_there(
     check_losses(folder, uninterrupted, strategy, start=AT + 1)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_job_and_leaves_the_last_checkpoint_whole(folder: Path, whole_run: Path) -> None:
     for rank in run_ranks(folder, fault="FullDisk"):
         assert rank.code == 1, rank.output
@@ -78,6 +82,7 @@ def test_a_full_disk_ends_the_job_and_leaves_the_last_checkpoint_whole(folder: P
     assert last["TextDataModule"] == expected["TextDataModule"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_no_sharded_checkpoint_that_is_not_whole(
     folder: Path, uninterrupted: dict[int, float]
 ) -> None:
@@ -90,6 +95,7 @@ def test_a_full_disk_leaves_no_sharded_checkpoint_that_is_not_whole(
     check_losses(folder, uninterrupted, "fsdp2", start=AT)
 
 
+@pytest.mark.slow
 def test_nan_on_one_rank_leaves_out_one_step_on_all_ranks(folder: Path, uninterrupted: dict[int, float]) -> None:
     ended = run_ranks(folder, fault="NotANumber")
     succeed(ended)
@@ -112,8 +118,9 @@ def test_another_model_on_one_rank_is_named_on_all_ranks_and_fsdp2_does_not_hang
         assert "process group: False" in rank.output  # else gloo's threads abort some programs as they end
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_named_before_any_process_is_started(folder: Path) -> None:
-    job = [sys.executable, *command("ddp", 1, 2, None, [])]
+    job = [sys.executable, "-m", "lightning_namo", *command("ddp", 1, 2, None, [])]
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         (ended,) = finish([(job, {"MASTER_PORT": str(port)})], folder, timeout=60)

@@ -32,19 +32,22 @@ from tests.distributed.worker import clean
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 STEPS, BATCH = 6, 8  # sequences of 32 tokens in a global batch
+LAYER = {
+    "model": {"init_args": {"n_layer": 2, "n_embd": 64}},
+    "data": {"init_args": {"block_size": 32}},
+    "optim": {"optimizer": {"init_args": {"orthogonalizer": "svd"}}, "schedule": None},
+    "trainer": {
+        "max_steps": STEPS,
+        "val_check_interval": 1,
+        "limit_val_batches": 1,
+        "log_every_n_steps": 1,
+        "accelerator": "cpu",
+    },
+}
 COMMON = [  # gradients are clipped, as in the quickstart
     "fit",
     f"--config={CONFIGS / 'quickstart.yaml'}",
-    "--model.n_layer=2",
-    "--model.n_embd=64",
-    "--data.block_size=32",
-    "--optim.optimizer.orthogonalizer=svd",
-    "--optim.schedule=null",
-    f"--trainer.max_steps={STEPS}",
-    "--trainer.val_check_interval=1",
-    "--trainer.limit_val_batches=1",
-    "--trainer.log_every_n_steps=1",
-    "--trainer.accelerator=cpu",
+    "--config=" + json.dumps(LAYER),
 ]
 FEW = json.dumps(  # a token at a time takes most of a run where several processes share two cores
     [
@@ -55,7 +58,7 @@ FEW = json.dumps(  # a token at a time takes most of a run where several process
 ON_CPU = "--trainer.strategy.class_path=tests.distributed.test_strategies.CPUFSDPStrategy"
 ONE_FILE = "--trainer.strategy.save_distributed_checkpoint=false"
 CHECKPOINTING, COMPILE = "--model.activation_checkpointing=true", "--model.compile=true"
-SAVE = ("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.every_n_train_steps={STEPS}")
+SAVE = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.every_n_train_steps={STEPS}"]  # else each step
 
 
 def layer(strategy: str) -> str:
@@ -96,7 +99,7 @@ def but(case: Case, *options: str, **changes: Any) -> Case:
 
 
 CASES = {
-    "one": Case(1, 1, SAVE),
+    "one": Case(1, 1, ()),
     "one-bias": Case(1, 1, ("--model.bias=true",)),
     "ddp": DDP,
     "ddp-checkpointing": but(DDP, CHECKPOINTING),
@@ -110,7 +113,7 @@ CASES = {
     "tp-compile": but(TP, COMPILE),
     "hsdp": HSDP,
     "hsdp-checkpointing": but(HSDP, CHECKPOINTING),
-    "fsdp2_tp": but(FSDP2_TP, ONE_FILE, *SAVE),
+    "fsdp2_tp": but(FSDP2_TP, ONE_FILE),
     "fsdp2_tp-checkpointing": but(FSDP2_TP, CHECKPOINTING),
     "hsdp_tp": but(FSDP2_TP, "--model.replicas=2", local=(96, 64)),
 }
@@ -143,7 +146,7 @@ def command(name: str) -> list[str]:
     case = CASES[name]
     logger = f"{{class_path: CSVLogger, init_args: {{save_dir: ., name: runs, version: {name}}}}}"
     devices, batch = f"--trainer.devices={case.processes}", f"--data.batch_size={BATCH // case.shares}"
-    return [*COMMON, f"--trainer.callbacks={FEW}", *case.options, devices, batch, f"--trainer.logger={logger}"]
+    return [*COMMON, f"--trainer.callbacks={FEW}", *SAVE, *case.options, devices, batch, f"--trainer.logger={logger}"]
 
 
 def train(rank: int, folder: str, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -170,31 +173,43 @@ def losses(folder: Path, name: str) -> dict[tuple[str, int], float]:
 Facts = dict[str, dict[str, Any]]
 
 
-def train_on(processes: int, folder: Path) -> Facts:
-    """Run all cases with so many processes, and say how the network lay on rank 0 in each."""
-    names = [name for name, case in CASES.items() if case.processes == processes]
-    return run_ranks(train, processes, str(folder), names, timeout=150)[0]  # type: ignore[no-any-return]
+def train_on(processes: int, folder: Path, names: set[str]) -> Facts:
+    """Run those of the cases that are on so many processes, and say how the network lay on rank 0 in each."""
+    of_processes = [name for name, case in CASES.items() if case.processes == processes and name in names]
+    return run_ranks(train, processes, str(folder), of_processes, timeout=280)[0]  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the runs on one process are; they make the token files."""
     path = tmp_path_factory.mktemp("gpt2")
-    train_on(1, path)
+    train_on(1, path, set(CASES))
     return path
 
 
 @pytest.fixture(scope="module")
-def on_2(folder: Path) -> Facts:
-    return train_on(2, folder)
+def names(selected: list[dict[str, Any]]) -> set[str]:
+    return {case["name"] for case in selected if "name" in case}
 
 
 @pytest.fixture(scope="module")
-def on_4(folder: Path) -> Facts:
-    return train_on(4, folder)
+def on_2(folder: Path, names: set[str]) -> Facts:
+    return train_on(2, folder, names)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.processes > 1])
+@pytest.fixture(scope="module")
+def on_4(folder: Path, names: set[str]) -> Facts:
+    return train_on(4, folder, names | {"fsdp2_tp"})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("fsdp2", "tp") else pytest.mark.slow)
+        for name, case in CASES.items()
+        if case.processes > 1
+    ],
+)
 def test_losses_of_a_strategy_are_those_of_one_process(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
     case = CASES[name]
     facts = request.getfixturevalue(f"on_{case.processes}")[name]
@@ -215,6 +230,7 @@ def test_losses_of_a_strategy_are_those_of_one_process(name: str, folder: Path, 
         assert facts["dtypes"] == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("on_4")
 def test_a_full_checkpoint_of_shards_is_that_of_one_process(folder: Path) -> None:
     (ours,), (theirs,) = ((folder / "runs" / name).glob("checkpoints/*.ckpt") for name in ("fsdp2_tp", "one"))
@@ -224,6 +240,7 @@ def test_a_full_checkpoint_of_shards_is_that_of_one_process(folder: Path) -> Non
     assert GPT2Module.load_from_checkpoint(ours).config.n_layer == 2
 
 
+@pytest.mark.slow
 def test_a_command_launches_its_own_processes(folder: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(

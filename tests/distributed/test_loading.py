@@ -122,6 +122,7 @@ def everywhere() -> list[Any]:
     return run_ranks(load_everywhere, 2, timeout=240)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["NAMOD", "AdaMuon"])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("source", SOURCES)

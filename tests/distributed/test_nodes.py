@@ -17,6 +17,7 @@ RECIPES: dict[str, tuple[int, list[str], float]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", RECIPES)
 def test_two_nodes_train_save_and_resume_as_one_does(
     strategy: str, folder: Path, uninterrupted: dict[int, float]

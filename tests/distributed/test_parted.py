@@ -114,7 +114,7 @@ def answers(case: str, layout: str = "replicas") -> list[Any]:
     return [answer[case] for answer in answers_of(layout)]
 
 
-both_layouts = pytest.mark.parametrize("layout", ["replicas", "hsdp"])
+both_layouts = pytest.mark.parametrize("layout", ["replicas", pytest.param("hsdp", marks=pytest.mark.slow)])
 
 
 # ---------------------------------------------------------------------- weights of replicas

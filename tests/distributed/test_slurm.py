@@ -77,6 +77,7 @@ def submit(folder: Path, *options: str, slurm: dict[str, str] = SLURM) -> Ended:
     return ended
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_warns_saves_goes_back_into_the_queue_and_ends_as_if_nothing_had_been(
     checkout: Path, uninterrupted: dict[int, float]
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,12 +75,15 @@ def clean(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
-def train(module: nn.Module, algorithm: str, orthogonalizer: str, blocks: Any, grads: list[Any], wire: Wire) -> Any:
+def train(
+    module: nn.Module, algorithm: str, orthogonalizer: str, blocks: Any, backward: Callable[[int], None], wire: Wire
+) -> Any:
+    """Take steps; ``backward`` makes the gradients of a step."""
     optimizer = build_optimizer(module, ALGORITHMS[algorithm], blocks=blocks, lr=0.05, orthogonalizer=orthogonalizer)
     optimizer.bucket_bytes = 1500  # several buckets, so that they overlap
-    for step, of_step in enumerate(grads):
+    for step in range(STEPS):
         optimizer.zero_grad()
-        module(of_step).backward()
+        backward(step)
         with counted(wire) if step else contextlib.nullcontext():
             optimizer.step()
     return optimizer
@@ -89,23 +92,27 @@ def train(module: nn.Module, algorithm: str, orthogonalizer: str, blocks: Any, g
 def gathered_state(optimizer: OrthogonalizedOptimizer) -> dict[str, dict[str, Tensor]]:
     """Whole state of every matrix: parameter-shaped entries are put together from all ranks' regions."""
     entries, _, _ = optimizer._plan()
-    result: dict[str, dict[str, Tensor]] = {}
+    result: dict[str, dict[str, Tensor]] = {clean(entry.name): {} for entry in entries}
+    stored: dict[tuple[str, str], tuple[int, int]] = {}
+    ours: dict[tuple[str, str], tuple[Any, Tensor]] = {}
     for entry in entries:
-        state = {}
+        name = clean(entry.name)
         for key, value in optimizer.state[entry.parameter].items():
-            local = getattr(value, "_local_tensor", value)
+            part = local(value)
             if key != "momentum_buffer" and not (key == "v" and isinstance(optimizer, AdaMuon)):
-                state[key] = local
-                continue
-            parts = [(entry.layout.region, local.reshape(-1))]
-            if dist.is_initialized():
-                parts = [None] * dist.get_world_size()  # type: ignore[list-item]
-                dist.all_gather_object(parts, (entry.layout.region, local.reshape(-1)))
-            full = torch.full(entry.layout.stored, torch.nan, dtype=local.dtype)
-            for region, part in parts:
-                region.of(full).copy_(part.view(region.of(full).shape))
-            state[key] = full
-        result[clean(entry.name)] = state
+                result[name][key] = part
+            else:
+                stored[name, key], ours[name, key] = entry.layout.stored, (entry.layout.region, part.reshape(-1))
+    parts = [ours]
+    if dist.is_initialized():
+        parts = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, ours)
+    for name, key in ours:
+        full = torch.full(stored[name, key], torch.nan, dtype=ours[name, key][1].dtype)
+        for of_rank in parts:
+            region, part = of_rank[name, key]
+            region.of(full).copy_(part.view(region.of(full).shape))
+        result[name][key] = full
     return result
 
 
@@ -123,8 +130,12 @@ def expected_results(variant: str) -> dict[Any, Any]:
         for algorithm in ALGORITHMS:
             module = new_module(kind, dtype)
             grads = [prescribed_gradients(module, step) for step in range(STEPS)]
+
+            def backward(step: int, module: nn.Module = module, grads: list[Any] = grads) -> None:
+                module(grads[step]).backward()
+
             with iterating_in(iteration):
-                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, Wire())
+                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, backward, Wire())
             results[algorithm, kind.__name__] = gathered_weights(module), gathered_state(optimizer)
     return results
 
@@ -135,23 +146,48 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
-def compare_layouts(rank: int, layouts: list[str], expected: dict[str, Any]) -> dict[Any, Any]:
+def local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+class Backward:
+    """The gradients of a wrapped module's steps. They do not depend on its weights: only the first run makes them."""
+
+    def __init__(self, module: nn.Module, grads: list[Any]) -> None:
+        self.module, self.grads = module, grads
+        self.made: list[list[tuple[Tensor | None, Tensor | None]]] = []
+
+    def __call__(self, step: int) -> None:
+        if step == len(self.made):
+            self.module(self.grads[step]).backward()
+            grads = [p.grad for p in self.module.parameters()]
+            self.made.append([(grad, None if grad is None else local(grad).clone()) for grad in grads])
+        for parameter, (grad, value) in zip(self.module.parameters(), self.made[step], strict=True):
+            if grad is not None:
+                local(grad).copy_(value)  # steps may have changed it
+            parameter.grad = grad
+
+
+def compare_layouts(
+    rank: int, dtype: torch.dtype, layouts: list[str], expected: dict[str, Any]
+) -> dict[Any, dict[str, Any]]:
     """For each variant, algorithm and layout: relative errors of weights and state, what was sent, a checksum."""
     answers = {}
-    for variant, layout in itertools.product(expected, layouts):
-        dtype, orthogonalizer, iteration = VARIANTS[variant]
+    for layout in layouts:
         kind, wrap = LAYOUTS[layout]
         plain = new_module(kind, dtype)
         grads = [prescribed_gradients(plain, step) for step in range(STEPS)]
         module = wrap(plain)
-        start = [getattr(p.detach(), "_local_tensor", p.detach()).clone() for p in module.parameters()]
-        for algorithm in ALGORITHMS:
+        start = [local(p.detach()).clone() for p in module.parameters()]
+        backward = Backward(module, grads)
+        for variant, algorithm in itertools.product(expected, ALGORITHMS):
+            _, orthogonalizer, iteration = VARIANTS[variant]
             with torch.no_grad():
                 for parameter, value in zip(module.parameters(), start, strict=True):
-                    getattr(parameter, "_local_tensor", parameter).copy_(value)
+                    local(parameter).copy_(value)
             wire = Wire()
             with iterating_in(iteration):
-                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, grads, wire)
+                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, backward, wire)
             weights, state = gathered_weights(module), gathered_state(optimizer)
             wanted_weights, wanted_state = expected[variant][algorithm, kind.__name__]
             assert weights.keys() == wanted_weights.keys()
