@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from iteration import ITERATIONS, iterating_in
@@ -13,6 +14,34 @@ def iteration(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test once for each dtype of the iteration; gives its name."""
     with iterating_in(request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the embedded corpus' token files, sotu: a link to it saves a run the seconds to make them."""
+    from lightning_namo.gpt2.prepare import prepare_speeches
+
+    folder = tmp_path_factory.mktemp("data")
+    prepare_speeches(folder / "sotu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept_parsers() -> Iterator[None]:
+    """Let command lines share the parsers of subcommands, which take longer to make than a command line to parse."""
+    from lightning_namo.cli import NamoCLI
+
+    make, kept = NamoCLI._prepare_subcommand_parser, {}
+
+    def keep(cli: NamoCLI, trainer: type, name: str, **options: object) -> object:
+        if name not in kept:
+            kept[name] = make(cli, trainer, name, **options), cli._subcommand_method_arguments[name]
+        parser, cli._subcommand_method_arguments[name] = kept[name]
+        return parser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NamoCLI, "_prepare_subcommand_parser", keep)
+        yield
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

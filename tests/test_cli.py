@@ -24,6 +24,8 @@ from lightning_namo.cli import main
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 
+pytestmark = pytest.mark.usefixtures("kept_parsers")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = f"--config={CONFIGS / 'quickstart.yaml'}"
 SMALL = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")

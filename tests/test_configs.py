@@ -21,6 +21,8 @@ from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import MeshStrategy
 from lightning_namo.gpt2.streaming import StreamingTextDataModule
 
+pytestmark = pytest.mark.usefixtures("kept_parsers")
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 LIGHTNING, OURS = "lightning.pytorch.strategies", "lightning_namo.gpt2.parallel.MeshStrategy"

@@ -77,11 +77,9 @@ def test_the_script_writes_the_committed_corpus_byte_for_byte(tmp_path: Path) ->
     assert (tmp_path / "again.gz").read_bytes() == corpus.CORPUS_FILE.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def speeches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sotu")
-    prepare.prepare_speeches(folder)
-    return folder
+@pytest.fixture
+def speeches(data: Path) -> Path:
+    return data / "sotu"
 
 
 def test_the_token_files_hold_the_speeches(speeches: Path) -> None:

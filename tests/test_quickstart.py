@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -46,15 +47,18 @@ class Run:
         return path
 
 
-def run(folder: Path, *options: str) -> Run:
+def run(folder: Path, *options: str, fork: bool = False) -> Run:
+    """Run the console script, or the same in a fork, which takes less time to begin."""
     script = Path(sys.executable).with_name("lightning-namo")
     command = [str(script), "fit", "--config", str(CONFIG), *SHORT, *options]
-    environment = os.environ | {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}  # threads cost more than they bring here
-    done = subprocess.run(
-        command, cwd=folder, env=environment, timeout=280, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert done.returncode == 0, done.stdout
-    return Run(done.stdout, folder)
+    environment = {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}  # threads cost more than they bring here
+    if fork:
+        done = run_python(command, folder, timeout=280, **environment)
+    else:
+        environment = os.environ | environment
+        done = subprocess.run(command, cwd=folder, env=environment, timeout=280, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    return Run(done.stdout + done.stderr, folder)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +101,8 @@ def test_the_routing_table_says_where_every_parameter_went(quickstart: Run) -> N
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quickstart: Run, tmp_path: Path) -> None:
-    resumed = run(tmp_path, f"--ckpt_path={quickstart.checkpoint(SAVED)}")
+    (tmp_path / "data").symlink_to(quickstart.folder / "data")
+    resumed = run(tmp_path, f"--ckpt_path={quickstart.checkpoint(SAVED)}", fork=True)
     for tag in ("train/loss", "val/loss"):
         whole, rest = quickstart.curve(tag), resumed.curve(tag)
         assert rest == {step: loss for step, loss in whole.items() if step >= SAVED}

@@ -29,6 +29,8 @@ import lightning_namo
 from lightning_namo.checks import check_checkpoint
 from lightning_namo.cli import NamoCLI, main
 
+pytestmark = pytest.mark.usefixtures("kept_parsers")
+
 OPTIMIZERS = ("NAMO", "NAMOD", "Muon", "AdaMuon")
 MODEL = (f"--model={__name__}.Tiny", f"--data={__name__}.Nothing")
 GPT2 = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")
