@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -304,9 +305,9 @@ def test_a_killed_run_goes_on_to_the_same_files(
     inputs, out = str(tmp_path / "texts.jsonl"), tmp_path / "out"
     name = vocabulary if tokenizer == "gpt2" else tokenizer
     method = {"Encoder": "encode", "tqdm": "update"}[cls]
-    command = [sys.executable, "-c", CHILD, cls, method, str(calls), inputs, str(out), name, str(num_proc)]
+    command = ["-c", CHILD, cls, method, str(calls), inputs, str(out), name, str(num_proc)]
     # The pipe is closed only when the last of its processes is gone: none outlives the run.
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    killed = run_python(command, timeout=200)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = _finished(out)
     assert done

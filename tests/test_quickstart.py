@@ -17,8 +17,9 @@ from forked import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-STEPS, SAVED = 30, 15  # both inside the first pass over the data
+STEPS, SAVED, BATCH = 30, 15, 4  # of steps, both inside the first pass over the data; a quarter of the config's batch
 SHORT = (
+    f"--data.batch_size={BATCH}",
     f"--trainer.max_steps={STEPS}",
     "--trainer.val_check_interval=10",
     "--trainer.limit_val_batches=4",
@@ -84,7 +85,7 @@ def test_the_table_and_a_sample_close_the_output(quickstart: Run) -> None:
     table = quickstart.output[quickstart.output.rindex("Steps") :]
     rows = dict(re.findall(r"(Steps|Tokens|Time|Validation loss|Validation perplexity|Sample) +│ +(.+?) *│", table))
     assert rows["Steps"] == str(STEPS)
-    assert rows["Tokens"] == f"{STEPS * 16 * 128:,}"
+    assert rows["Tokens"] == f"{STEPS * BATCH * 128:,}"
     assert float(rows["Time"].removesuffix(" s").replace(",", "")) > 0
     losses = quickstart.curve("val/loss")
     assert float(rows["Validation loss"]) == pytest.approx(losses[max(losses)], abs=1e-4)
@@ -111,4 +112,4 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(quickstart: Run, 
     torch.testing.assert_close(ours["state_dict"], theirs["state_dict"], rtol=0, atol=0)
     ours, theirs = (checkpoint["optimizer_states"][0]["state"] for checkpoint in (ours, theirs))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    assert f"Tokens {'':<15}│ {STEPS * 16 * 128:,}" in re.sub(r"Tokens +│", f"Tokens {'':<15}│", resumed.output)
+    assert f"Tokens {'':<15}│ {STEPS * BATCH * 128:,}" in re.sub(r"Tokens +│", f"Tokens {'':<15}│", resumed.output)
