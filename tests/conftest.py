@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from iteration import ITERATIONS, iterating_in
@@ -44,12 +45,26 @@ def kept_parsers() -> Iterator[None]:
         yield
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Say it in a line of its own: with -q, as in pyproject.toml, pytest prints no header."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:  # the workers of xdist have none
-        from lightning_namo.orthogonalize import iteration_dtype
+def native() -> str:
+    from lightning_namo.orthogonalize import iteration_dtype
 
-        with iterating_in(None):
-            dtype = iteration_dtype("cpu")
-        reporter.write_line(f"Newton-Schulz on this CPU iterates in {str(dtype).removeprefix('torch.')} by itself.")
+    with iterating_in(None):
+        dtype = iteration_dtype("cpu")
+    return f"Newton-Schulz on this CPU iterates in {str(dtype).removeprefix('torch.')} by itself."
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say it in a line of its own: with -q, as in pyproject.toml, pytest prints no header.
+
+    The process that only distributes tests leaves it to the first worker: it need not import the package.
+    """
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["native"] = native()
+    elif not session.config.getoption("numprocesses", None):
+        session.config.pluginmanager.get_plugin("terminalreporter").write_line(native())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if node.gateway.id == "gw0":
+        node.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{node.workeroutput['native']}")

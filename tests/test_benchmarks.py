@@ -12,6 +12,8 @@ import pytest
 from forked import run_python
 from matplotlib.image import imread
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 SMALL = ["--blocks", "1", "--width", "64", "--rounds", "2", "--threads", "1", "--csv", "out.csv", "--figure", "out.png"]
 

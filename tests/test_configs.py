@@ -168,7 +168,10 @@ def test_every_two_layers_of_the_recipes_meet() -> None:
         assert len({(recipe[one], recipe[other]) for recipe in RECIPES}) == sizes[one] * sizes[other]
 
 
-@pytest.mark.parametrize(("size", "optimizer", "strategy"), RECIPES)
+@pytest.mark.parametrize(
+    ("size", "optimizer", "strategy"),
+    [pytest.param(*recipe, marks=[pytest.mark.slow] * (number % 15 > 0)) for number, recipe in enumerate(RECIPES)],
+)
 def test_a_recipe_is_what_the_paper_says(
     size: str, optimizer: str, strategy: str, instantiated: Callable[..., NamoCLI]
 ) -> None:

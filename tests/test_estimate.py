@@ -38,6 +38,7 @@ ALGORITHMS = {"namo": NAMO, "namo_d": NAMOD, "adamuon": AdaMuon}
 PLAIN = [(layout, "namo") for layout in ("ddp", "fsdp2-even", "fsdp2-uneven", "hsdp", "fsdp2+tp")]
 PLAIN += [("fsdp2-uneven", "namo_d"), ("fsdp2+tp", "adamuon")]  # other statistics and state
 SHARDED = {2: ((2, 1), (1, 2)), 3: ((3, 1),), 4: ((2, 1), (1, 2), (2, 2))}  # replicas and tensor ranks of a GPT-2
+WORLD_SIZES = [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in SHARDED]
 DIVIDED = {"*.tall.*": 0, "*.fused.*": 0, "*.wide.layer.weight": 1, "*.few.layer.weight": 1}
 
 
@@ -112,7 +113,7 @@ def check(result: Estimate, ranks: list[dict[str, Any]]) -> None:
         assert (facts["parameters"], facts["state"]) == (rank.parameters, rank.state)
 
 
-@pytest.mark.parametrize("world_size", SHARDED)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(("layout", "algorithm"), PLAIN)
 def test_plan_bytes_and_state_are_those_of_real_ranks(layout: str, algorithm: str, world_size: int) -> None:
     kind, _ = LAYOUTS[layout]
@@ -124,7 +125,11 @@ def test_plan_bytes_and_state_are_those_of_real_ranks(layout: str, algorithm: st
 
 @pytest.mark.parametrize(
     ("world_size", "replicas", "tensor"),
-    [(world_size, *sizes) for world_size, cases in SHARDED.items() for sizes in cases],
+    [
+        pytest.param(world_size, *sizes, marks=[pytest.mark.slow] * (world_size > 2))
+        for world_size, cases in SHARDED.items()
+        for sizes in cases
+    ],
 )
 def test_a_sharded_gpt2_is_as_estimated(world_size: int, replicas: int, tensor: int) -> None:
     with torch.device("meta"):
@@ -140,7 +145,7 @@ def square_matrices(iteration: str) -> OrthogonalizedOptimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("world_size", SHARDED)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("iteration", ITERATIONS)
 def test_peak_buffers_are_within_a_tenth_of_measured_ones(iteration: str, world_size: int) -> None:
     result = estimate(square_matrices(iteration), Grid.of("fsdp2", world_size), dtype=getattr(torch, iteration))

@@ -14,6 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -100,7 +100,10 @@ def test_current_files_are_left_alone(speeches: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in speeches.iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", ["no_meta", "other_source", "cut_short", "one_token_changed", "file_missing"])
+@pytest.mark.parametrize(
+    "damage",
+    ["no_meta", "other_source", "cut_short", "file_missing", pytest.param("one_token_changed", marks=pytest.mark.slow)],
+)
 def test_stale_files_are_made_anew(speeches: Path, tmp_path: Path, damage: str) -> None:
     for path in speeches.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -391,6 +394,7 @@ def test_validation_takes_every_window_once_in_as_many_batches_on_every_rank(
 # The data module and its errors
 
 
+@pytest.mark.slow
 def test_the_data_module_makes_the_same_files_again_in_the_working_directory(
     speeches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

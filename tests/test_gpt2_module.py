@@ -225,6 +225,7 @@ def _ddp(folder: Path) -> tuple[list[list[int]], dict[str, float]]:
     return recorder.batches, {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_windows_and_one_takes_over(folder: Path) -> None:
     ranks = _on_two_ranks(_ddp, folder)
     together = [first + second for first, second in zip(*(batches for batches, _ in ranks), strict=True)]
@@ -271,6 +272,7 @@ def _fsdp2(folder: Path) -> tuple[bool, float]:
     return tied, trainer.callback_metrics["val/loss"].item()
 
 
+@pytest.mark.slow
 def test_a_model_sharded_on_the_meta_device_is_initialized_tied_and_validated(folder: Path) -> None:
     for tied, loss in _on_two_ranks(_fsdp2, folder):
         assert tied

@@ -34,6 +34,10 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], i
 SHAPES = [(64, 64), (128, 128), (32, 64), (128, 64), (48, 144), (192, 48), (64, 256), (256, 64)]
 
 
+def large(*shapes):
+    return [pytest.param(shape, marks=pytest.mark.slow) for shape in shapes]
+
+
 def matrix(m, n, singular=None, *, seed=0, dtype=torch.float32):
     """A matrix of these singular values between random bases; without them a Gaussian one."""
     generator = torch.Generator().manual_seed(seed)
@@ -114,7 +118,7 @@ def by_eigenvalues(X, values, vectors, polynomials):
 
 
 @pytest.mark.parametrize("power", [0.25, 0.5, 0.75, 1.0, 2.0])
-@pytest.mark.parametrize("shape", [(72, 216), (200, 100), (1536, 512), (768, 1536), (900, 771)])
+@pytest.mark.parametrize("shape", [(72, 216), (200, 100), *large((1536, 512), (768, 1536), (900, 771))])
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
 @each_dtype
 def test_steps_by_way_of_the_square_are_as_exact(dtype, coefficients, shape, power):
@@ -169,7 +173,7 @@ def test_a_cpu_computes_five_eighths_of_symmetric_products():
     assert newton_schulz_flops((768, 3072), 5) == 2 * 768**3 * (2 * 4 + (2 * 4 + 14))  # as accelerators do
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (771, 1200), (1200, 771), (780, 771)])
+@pytest.mark.parametrize("shape", [*SHAPES, *large((771, 1200), (1200, 771), (780, 771))])
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
 def test_float64_is_the_polynomial_itself(coefficients, shape):
     X = matrix(*shape, dtype=torch.float64)
@@ -311,6 +315,7 @@ print(iteration_dtype("cpu"))
 """
 
 
+@pytest.mark.slow
 def test_processes_that_are_started_inherit_the_environment_variable(iteration):
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == f"torch.{iteration}"

@@ -16,6 +16,8 @@ import torch
 from forked import run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 STEPS, SAVED, BATCH = 30, 15, 4  # of steps, both inside the first pass over the data; a quarter of the config's batch
 SHORT = (

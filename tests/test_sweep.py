@@ -43,6 +43,7 @@ def fork(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
     return run_python(command[1:])
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_what_is_not_done_and_writes_one_table(data, tmp_path, monkeypatch):
     (tmp_path / "data").symlink_to(data)
     monkeypatch.chdir(tmp_path)
