@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from iteration import ITERATIONS, iterating_in
@@ -15,12 +17,54 @@ def iteration(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-def pytest_sessionstart(session: pytest.Session) -> None:
-    """Say it in a line of its own: with -q, as in pyproject.toml, pytest prints no header."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:  # the workers of xdist have none
-        from lightning_namo.orthogonalize import iteration_dtype
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the embedded corpus' token files, sotu: a link to it saves a run the seconds to make them."""
+    from lightning_namo.gpt2.prepare import prepare_speeches
 
-        with iterating_in(None):
-            dtype = iteration_dtype("cpu")
-        reporter.write_line(f"Newton-Schulz on this CPU iterates in {str(dtype).removeprefix('torch.')} by itself.")
+    folder = tmp_path_factory.mktemp("data")
+    prepare_speeches(folder / "sotu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept_parsers() -> Iterator[None]:
+    """Let command lines share the parsers of subcommands, which take longer to make than a command line to parse."""
+    from lightning_namo.cli import NamoCLI
+
+    make, kept = NamoCLI._prepare_subcommand_parser, {}
+
+    def keep(cli: NamoCLI, trainer: type, name: str, **options: object) -> object:
+        if name not in kept:
+            kept[name] = make(cli, trainer, name, **options), cli._subcommand_method_arguments[name]
+        parser, cli._subcommand_method_arguments[name] = kept[name]
+        return parser
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(NamoCLI, "_prepare_subcommand_parser", keep)
+        yield
+
+
+def native() -> str:
+    from lightning_namo.orthogonalize import iteration_dtype
+
+    with iterating_in(None):
+        dtype = iteration_dtype("cpu")
+    return f"Newton-Schulz on this CPU iterates in {str(dtype).removeprefix('torch.')} by itself."
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say it in a line of its own: with -q, as in pyproject.toml, pytest prints no header.
+
+    The process that only distributes tests leaves it to the first worker: it need not import the package.
+    """
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["native"] = native()
+    elif not session.config.getoption("numprocesses", None):
+        session.config.pluginmanager.get_plugin("terminalreporter").write_line(native())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    if node.gateway.id == "gw0":
+        node.config.pluginmanager.get_plugin("terminalreporter").write_line(f"\n{node.workeroutput['native']}")

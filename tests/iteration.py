@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from lightning_namo.orthogonalize import ITERATION_DTYPE
-
 ITERATIONS = ("bfloat16", "float32")
 
 
 @contextmanager
 def iterating_in(dtype: str | None) -> Iterator[None]:
     """Set the iteration's dtype by name, for this process and those that it starts; None: leave it to the device."""
+    from lightning_namo.orthogonalize import ITERATION_DTYPE  # not above: conftest.py imports this for pytest-xdist too
+
     with mock.patch.dict(os.environ):
         os.environ.pop(ITERATION_DTYPE, None)
         if dtype is not None:

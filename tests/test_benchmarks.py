@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forked import run_python
 from matplotlib.image import imread
+
+pytestmark = pytest.mark.slow
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 SMALL = ["--blocks", "1", "--width", "64", "--rounds", "2", "--threads", "1", "--csv", "out.csv", "--figure", "out.png"]
@@ -35,9 +35,7 @@ class Muon(SGD):
 
 def run(script: str, options: list[str], folder: Path) -> tuple[str, list[dict[str, str]]]:
     """What a benchmark prints, and its table, once its picture has been seen to be one."""
-    command = [sys.executable, str(BENCHMARKS / script), *SMALL, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=150)
+    done = run_python([str(BENCHMARKS / script), *SMALL, *options], folder, TORCHDYNAMO_DISABLE="1")
     assert done.returncode == 0, done.stderr
     height, width, _ = imread(folder / "out.png").shape
     assert min(height, width) > 100
@@ -93,9 +91,7 @@ def test_train_computes_large_batches_from_measured_parts(tmp_path: Path) -> Non
 
 def test_overlap_draws_what_travels_in_traces_of_two_processes(tmp_path: Path) -> None:
     options = "--blocks 1 --width 64 --bucket-mib 0.02 --steps 1 --figure out.png --trace traces"
-    command = [sys.executable, str(BENCHMARKS / "overlap.py"), *options.split()]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=150)
+    done = run_python([str(BENCHMARKS / "overlap.py"), *options.split()], tmp_path, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     height, width, _ = imread(tmp_path / "out.png").shape
     assert min(height, width) > 100

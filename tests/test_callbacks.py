@@ -285,6 +285,7 @@ def test_bf16_true_trains_as_done_by_hand_and_keeps_float32_statistics():
     assert {statistic.dtype for statistic in statistics} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_a_compiled_submodule_trains_as_an_eager_one():
     module = Net()
     module.backbone = torch.compile(module.backbone, backend="aot_eager")

@@ -7,8 +7,6 @@ import functools
 import io
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from forked import run_python
 
 import lightning_namo
 from lightning_namo import OptimizerCallback, WarmupStableDecay
 from lightning_namo.cli import main
 from lightning_namo.gpt2.data import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
+
+pytestmark = pytest.mark.usefixtures("kept_parsers")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICKSTART = f"--config={CONFIGS / 'quickstart.yaml'}"
@@ -121,9 +122,7 @@ def test_help_of_an_optimizer_lists_its_arguments(capsys: pytest.CaptureFixture[
 
 
 def test_the_module_runs_as_the_console_script_does() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_namo", "--help"], capture_output=True, text=True, timeout=120
-    )
+    done = run_python(["-m", "lightning_namo", "--help"])
     assert done.returncode == 0
     assert "lightning-namo" in done.stdout
 

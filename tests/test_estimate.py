@@ -5,8 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from forked import run_python
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -39,6 +38,7 @@ ALGORITHMS = {"namo": NAMO, "namo_d": NAMOD, "adamuon": AdaMuon}
 PLAIN = [(layout, "namo") for layout in ("ddp", "fsdp2-even", "fsdp2-uneven", "hsdp", "fsdp2+tp")]
 PLAIN += [("fsdp2-uneven", "namo_d"), ("fsdp2+tp", "adamuon")]  # other statistics and state
 SHARDED = {2: ((2, 1), (1, 2)), 3: ((3, 1),), 4: ((2, 1), (1, 2), (2, 2))}  # replicas and tensor ranks of a GPT-2
+WORLD_SIZES = [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in SHARDED]
 DIVIDED = {"*.tall.*": 0, "*.fused.*": 0, "*.wide.layer.weight": 1, "*.few.layer.weight": 1}
 
 
@@ -113,7 +113,7 @@ def check(result: Estimate, ranks: list[dict[str, Any]]) -> None:
         assert (facts["parameters"], facts["state"]) == (rank.parameters, rank.state)
 
 
-@pytest.mark.parametrize("world_size", SHARDED)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(("layout", "algorithm"), PLAIN)
 def test_plan_bytes_and_state_are_those_of_real_ranks(layout: str, algorithm: str, world_size: int) -> None:
     kind, _ = LAYOUTS[layout]
@@ -125,7 +125,11 @@ def test_plan_bytes_and_state_are_those_of_real_ranks(layout: str, algorithm: st
 
 @pytest.mark.parametrize(
     ("world_size", "replicas", "tensor"),
-    [(world_size, *sizes) for world_size, cases in SHARDED.items() for sizes in cases],
+    [
+        pytest.param(world_size, *sizes, marks=[pytest.mark.slow] * (world_size > 2))
+        for world_size, cases in SHARDED.items()
+        for sizes in cases
+    ],
 )
 def test_a_sharded_gpt2_is_as_estimated(world_size: int, replicas: int, tensor: int) -> None:
     with torch.device("meta"):
@@ -141,7 +145,7 @@ def square_matrices(iteration: str) -> OrthogonalizedOptimizer:
     return optimizer
 
 
-@pytest.mark.parametrize("world_size", SHARDED)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("iteration", ITERATIONS)
 def test_peak_buffers_are_within_a_tenth_of_measured_ones(iteration: str, world_size: int) -> None:
     result = estimate(square_matrices(iteration), Grid.of("fsdp2", world_size), dtype=getattr(torch, iteration))
@@ -309,10 +313,8 @@ class Matrix(pl.LightningModule):
 
 
 def test_the_tables_in_the_docs_are_what_the_script_writes() -> None:
-    script = [sys.executable, str(ROOT / "examples" / "benchmarks" / "scale_notes.py")]
-    done = subprocess.run(
-        [*script, "--models", "gpt2_small", "--ranks", "8", "64"], capture_output=True, text=True, timeout=120
-    )
+    script = str(ROOT / "examples" / "benchmarks" / "scale_notes.py")
+    done = run_python([script, "--models", "gpt2_small", "--ranks", "8", "64"])
     assert done.returncode == 0, done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("| gpt2_small")]
     page = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")

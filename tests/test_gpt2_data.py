@@ -77,11 +77,9 @@ def test_the_script_writes_the_committed_corpus_byte_for_byte(tmp_path: Path) ->
     assert (tmp_path / "again.gz").read_bytes() == corpus.CORPUS_FILE.read_bytes()
 
 
-@pytest.fixture(scope="module")
-def speeches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sotu")
-    prepare.prepare_speeches(folder)
-    return folder
+@pytest.fixture
+def speeches(data: Path) -> Path:
+    return data / "sotu"
 
 
 def test_the_token_files_hold_the_speeches(speeches: Path) -> None:
@@ -102,7 +100,10 @@ def test_current_files_are_left_alone(speeches: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in speeches.iterdir()} == before
 
 
-@pytest.mark.parametrize("damage", ["no_meta", "other_source", "cut_short", "one_token_changed", "file_missing"])
+@pytest.mark.parametrize(
+    "damage",
+    ["no_meta", "other_source", "cut_short", "file_missing", pytest.param("one_token_changed", marks=pytest.mark.slow)],
+)
 def test_stale_files_are_made_anew(speeches: Path, tmp_path: Path, damage: str) -> None:
     for path in speeches.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -393,6 +394,7 @@ def test_validation_takes_every_window_once_in_as_many_batches_on_every_rank(
 # The data module and its errors
 
 
+@pytest.mark.slow
 def test_the_data_module_makes_the_same_files_again_in_the_working_directory(
     speeches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,10 @@
 """GPT-2 under Lightning's Trainer: what it logs, and that a resumed run sees the windows of an uninterrupted one."""
 
-import json
+import contextlib
+import io
 import math
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,17 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from lightning_namo.gpt2.data import TextDataModule, accumulation
 from lightning_namo.gpt2.loaders import WindowOrder
-from lightning_namo.gpt2.model import GPT2Config
+from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module, training_flops
 from lightning_namo.gpt2.prepare import prepare, train_tokenizer
 from lightning_namo.gpt2.summary import RunSummary, TokenThroughput
+from tests.distributed.launch import run_ranks
 
 BLOCK, WINDOWS, VAL_WINDOWS, BATCH = 8, 23, 7, 2
 
@@ -198,42 +200,35 @@ def test_other_data_than_the_checkpoints_are_refused(folder: Path) -> None:
 # Two processes
 
 
-def _run(folder: Path) -> str:
-    """Run the folder's run.py, with a tokenizer beside it for the summary's sample, and return what it prints."""
+def _on_two_ranks(worker: Callable[..., Any], folder: Path) -> list[Any]:
+    """The ranks' answers; they have a tokenizer for the summary's sample, which all write and the first prints."""
     train_tokenizer([], 257).save(str(folder / "tokenizer.json"))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    command = [sys.executable, str(folder / "run.py"), str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    answers = run_ranks(_as_rank, 2, worker, folder)
+    assert [printed.count("Sample") for printed, _ in answers] == [1, 0]
+    return [answer for _, answer in answers]
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from lightning_namo.gpt2.summary import RunSummary
-from test_gpt2_module import Module, Recorder, _data, _save, _trainer
-
-folder = Path(sys.argv[1])
-recorder = Recorder()
-trainer = _trainer(
-    folder, recorder, RunSummary(sample_tokens=3), _save(folder, every_n_train_steps=3),
-    max_steps=5, val_check_interval=5, check_val_every_n_epoch=None,
-    devices=2, strategy="ddp", enable_checkpointing=True,
-)
-trainer.fit(Module(), _data(folder))
-val = {name: value.item() for name, value in trainer.callback_metrics.items()}
-(folder / f"rank{trainer.global_rank}.json").write_text(json.dumps({"batches": recorder.batches, "metrics": val}))
-trainer.save_checkpoint(folder / "end.ckpt")
-"""
+def _as_rank(rank: int, worker: Callable[..., Any], folder: Path) -> tuple[str, Any]:
+    os.environ["NODE_RANK"] = "0"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        answer = worker(folder)
+    return printed.getvalue(), answer
 
 
-@pytest.mark.timeout(120)
+def _ddp(folder: Path) -> tuple[list[list[int]], dict[str, float]]:
+    """The windows of a rank and what it logged."""
+    recorder, save = Recorder(), _save(folder, every_n_train_steps=3)
+    options = {"max_steps": 5, "val_check_interval": 5, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+    trainer = _trainer(folder, recorder, RunSummary(sample_tokens=3), save, devices=2, strategy="ddp", **options)
+    trainer.fit(Module(), _data(folder))
+    trainer.save_checkpoint(folder / "end.ckpt")
+    return recorder.batches, {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+@pytest.mark.slow
 def test_two_processes_share_the_windows_and_one_takes_over(folder: Path) -> None:
-    (folder / "run.py").write_text(SCRIPT)
-    assert _run(folder).count("Sample") == 1  # all ranks write it, the first prints
-    ranks = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
-    together = [first + second for first, second in zip(*(rank["batches"] for rank in ranks), strict=True)]
+    ranks = _on_two_ranks(_ddp, folder)
+    together = [first + second for first, second in zip(*(batches for batches, _ in ranks), strict=True)]
     assert together == WindowOrder(WINDOWS, 5).take(0, 5 * 2 * BATCH).reshape(5, -1).tolist()
 
     # 7 validation windows in batches of 2 on 2 ranks: one window is missing, and may not count
@@ -242,9 +237,9 @@ def test_two_processes_share_the_windows_and_one_takes_over(folder: Path) -> Non
     module.configure_model()
     module.load_state_dict(torch.load(folder / "end.ckpt", weights_only=True)["state_dict"])
     (alone,) = trainer.validate(module, _data(folder), verbose=False)
-    for rank in ranks:
-        assert rank["metrics"]["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-5)
-        assert rank["metrics"]["val/perplexity"] == pytest.approx(alone["val/perplexity"], rel=1e-5)
+    for _, metrics in ranks:
+        assert metrics["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-5)
+        assert metrics["val/perplexity"] == pytest.approx(alone["val/perplexity"], rel=1e-5)
 
     recorder = Recorder()
     trainer = _trainer(folder, recorder, max_steps=10, limit_val_batches=0)
@@ -254,41 +249,34 @@ def test_two_processes_share_the_windows_and_one_takes_over(folder: Path) -> Non
 
 # Sharded
 
-META = """
-import sys
-from pathlib import Path
-import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.fsdp import fully_shard
-from lightning_namo.gpt2.model import GPT2
-from lightning_namo.gpt2.summary import RunSummary
-from test_gpt2_module import Module, _data, _trainer
 
 class Sharded(Module):
-    def configure_model(self):
+    """Made on the meta device, in shards."""
+
+    def configure_model(self) -> None:
         if "model" not in self._modules:
             with torch.device("meta"):
                 self.model = GPT2(self.config)
             for module in (*self.model.transformer["h"], self.model):
                 fully_shard(module, mesh=self.device_mesh["data_parallel"])
 
-folder = Path(sys.argv[1])
-trainer = _trainer(
-    folder, RunSummary(sample_tokens=3), max_steps=3, val_check_interval=3,
-    devices=2, strategy=ModelParallelStrategy(2, 1),
-)
-module = Sharded()
-trainer.fit(module, _data(folder))
-assert module.model.lm_head.weight is module.model.transformer["wte"].weight
-loss = trainer.callback_metrics["val/loss"].item()
-assert 5.0 < loss < 6.0, loss  # log 257 is 5.5
-"""
+
+def _fsdp2(folder: Path) -> tuple[bool, float]:
+    """Whether a weight is still tied, and the loss."""
+    strategy = ModelParallelStrategy(2, 1)
+    summary = RunSummary(sample_tokens=3)
+    trainer = _trainer(folder, summary, max_steps=3, val_check_interval=3, devices=2, strategy=strategy)
+    module = Sharded()
+    trainer.fit(module, _data(folder))
+    tied = module.model.lm_head.weight is module.model.transformer["wte"].weight
+    return tied, trainer.callback_metrics["val/loss"].item()
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_a_model_sharded_on_the_meta_device_is_initialized_tied_and_validated(folder: Path) -> None:
-    (folder / "run.py").write_text(META)
-    assert _run(folder).count("Sample") == 1
+    for tied, loss in _on_two_ranks(_fsdp2, folder):
+        assert tied
+        assert 5.0 < loss < 6.0  # log 257 is 5.5
 
 
 # What is logged

@@ -38,11 +38,12 @@ def fits(costs: list[int], world_size: int, capacity: float) -> bool:
     loads = [(np.array(filling), float(np.dot(filling, sizes))) for filling in some]
     full = [f for f, load in loads if load <= capacity and ((load + np.array(sizes) > capacity) | (f == counts)).all()]
     done = np.zeros(counts + 1, dtype=bool)
-    done[0, 0, 0] = True
+    new = np.zeros((1, len(sizes)), dtype=int)
     for _ in range(world_size):
-        before = np.argwhere(done)
+        before = done.copy()
         for filling in full:
-            done[tuple(np.minimum(before + filling, counts).T)] = True
+            done[tuple(np.minimum(new + filling, counts).T)] = True
+        new = np.argwhere(done & ~before)  # what was there has been gone on from
     return bool(done[tuple(counts)])
 
 

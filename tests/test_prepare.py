@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from forked import run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -284,6 +285,7 @@ def _count_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return encoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "calls", "num_proc", "resumed_with", "tokenizer"),
     [("Encoder", 30, 1, 2, "train"), ("tqdm", 4, 2, 1, "gpt2")],
@@ -304,9 +306,9 @@ def test_a_killed_run_goes_on_to_the_same_files(
     inputs, out = str(tmp_path / "texts.jsonl"), tmp_path / "out"
     name = vocabulary if tokenizer == "gpt2" else tokenizer
     method = {"Encoder": "encode", "tqdm": "update"}[cls]
-    command = [sys.executable, "-c", CHILD, cls, method, str(calls), inputs, str(out), name, str(num_proc)]
+    command = ["-c", CHILD, cls, method, str(calls), inputs, str(out), name, str(num_proc)]
     # The pipe is closed only when the last of its processes is gone: none outlives the run.
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    killed = run_python(command, timeout=200)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = _finished(out)
     assert done
@@ -333,6 +335,7 @@ class Killed(Encoder):
         yield b""
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_what_to_do(gpt2: Encoder, tmp_path: Path) -> None:
     _jsonl(tmp_path / "texts", TEXTS)
     job = parts.Job(tmp_path, Killed(gpt2.tokenizer, "gpt2"), documents.choose(60, 0.1, 0), "text")
@@ -412,6 +415,7 @@ def test_finished_files_are_left_alone_unless_they_or_their_source_changed(
 # OpenWebText
 
 
+@pytest.mark.slow
 def test_without_network_openwebtext_ends_with_what_to_do(vocabulary: str, tmp_path: Path) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "PYTHONWARNINGS": "ignore"}
     arguments = [sys.executable, "-m", "lightning_namo", "prepare", "openwebtext", f"--out_dir={tmp_path}/owt"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from forked import run_python
 
 from lightning_namo.sweep import sweep
 
@@ -34,12 +37,21 @@ def plan(folder: Path, **keys: object) -> str:
     return str(path)
 
 
-def test_a_sweep_runs_what_is_not_done_and_writes_one_table(tmp_path, monkeypatch):
+def fork(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    """A run as the sweep starts it, in a fork of this process."""
+    assert (command[0], check) == (sys.executable, False)
+    return run_python(command[1:])
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_what_is_not_done_and_writes_one_table(data, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(data)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     config, out = plan(tmp_path), tmp_path / "out"
     first = sweep(config, job=1)
+    monkeypatch.setattr(subprocess, "run", fork)  # a new interpreter takes ten seconds of its own
     assert (first["done"], first["runs"], first["best"]["run"]) == (1, 2, "namo_lr=0.012")
     written = (out / "namo_lr=0.012/result.json").stat().st_mtime_ns
     second = sweep(config)
@@ -98,6 +110,7 @@ def test_jobs_and_files_that_are_not_there_are_refused(tmp_path):
 
 def test_a_run_that_fails_stops_the_sweep_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", fork)
     grid = {**GRID, "values": {"model.n_layer": [-1]}}
     with pytest.raises(ValueError, match=r"Expected namo to finish\. Got exit code 2"):
         sweep(plan(tmp_path, grids=[grid]))

@@ -842,6 +842,7 @@ def trainer_of(cls: type, closure: bool = False) -> tuple[nn.Module, Callable[[T
     return module, train
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(("cls", "closure"), [(NAMO, False), *((cls, True) for cls in OPTIMIZERS)])
 def test_a_compiled_training_step_is_the_eager_one(cls, closure):
@@ -852,6 +853,7 @@ def test_a_compiled_training_step_is_the_eager_one(cls, closure):
     assert_same(module, other)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_a_training_step_compiled_by_the_default_backend_is_near_the_eager_one(monkeypatch):
     monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # starts no pool of processes

@@ -29,6 +29,8 @@ import lightning_namo
 from lightning_namo.checks import check_checkpoint
 from lightning_namo.cli import NamoCLI, main
 
+pytestmark = pytest.mark.usefixtures("kept_parsers")
+
 OPTIMIZERS = ("NAMO", "NAMOD", "Muon", "AdaMuon")
 MODEL = (f"--model={__name__}.Tiny", f"--data={__name__}.Nothing")
 GPT2 = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")
@@ -191,6 +193,7 @@ fuzz = settings(deadline=None, derandomize=True, database=None, suppress_health_
 VALUES = [(kind, value) for kind, values in WRONG.items() for value in values]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(VALUES)), ids=[f"{kind}-{value!r:.40}" for kind, value in VALUES])
 def test_a_wrong_value_is_refused(line: CommandLine, number: int) -> None:
     """Each by one of the options that it is wrong for: all of them take their turn."""
@@ -205,6 +208,7 @@ def nested(values: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.lists(values, min_size=1, max_size=3) | st.dictionaries(st.text("xqz", min_size=1), values, min_size=1)
 
 
+@pytest.mark.slow
 @settings(fuzz, max_examples=40)
 @given(
     case=st.sampled_from(CASES),
@@ -215,6 +219,7 @@ def test_a_value_of_nested_junk_is_refused(line: CommandLine, case: tuple[str, s
     line.refused(yaml.safe_dump(optimizer_config(name, {option: value})))
 
 
+@pytest.mark.slow
 @settings(fuzz, max_examples=8)
 @given(data=st.data(), name=st.sampled_from(OPTIMIZERS))
 def test_right_values_reach_the_optimizer(line: CommandLine, data: st.DataObject, name: str) -> None:
@@ -235,6 +240,7 @@ def test_right_values_reach_the_optimizer(line: CommandLine, data: st.DataObject
             assert matrices[option] == value
 
 
+@pytest.mark.slow
 @settings(fuzz, max_examples=8)
 @given(name=st.sampled_from(OPTIMIZERS), key=st.text("abcdlmotwyr_2. -", max_size=12), at=st.sampled_from("123"))
 @example(name="NAMO", key="learning_rate", at="1")
@@ -335,6 +341,7 @@ WRONG_SECTIONS: list[tuple[str, str]] = [  # a section, and a part of what is sa
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("section", "message"), WRONG_SECTIONS, ids=lambda text: text[:60])
 def test_a_wrong_section_is_refused(line: CommandLine, section: str, message: str) -> None:
     assert message in line.refused("optim:\n  " + section)
@@ -417,6 +424,7 @@ def parsed(text: str | bytes) -> Any:
         return None
 
 
+@pytest.mark.slow
 @settings(fuzz, max_examples=16)
 @given(junk=st.binary(max_size=40) | st.text("optim:-{}[]&*!|>'\"%@`#\t\n ,?a1~=<", max_size=40) | st.text(max_size=40))
 def test_junk_is_refused(line: CommandLine, junk: str | bytes) -> None:
@@ -424,6 +432,7 @@ def test_junk_is_refused(line: CommandLine, junk: str | bytes) -> None:
     line.refused(junk)
 
 
+@pytest.mark.slow
 @settings(fuzz, max_examples=10)
 @given(data=st.data(), cut=st.integers(1, 400))
 def test_a_config_with_a_piece_cut_out_is_refused_or_another_config(
@@ -482,6 +491,7 @@ BROKEN: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "validate"])
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_broken_checkpoint_is_refused(line: CommandLine, whole: bytes, broken: str, command: str) -> None:
