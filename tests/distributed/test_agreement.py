@@ -38,6 +38,12 @@ def _nan_on_rank(where: int, parameter: nn.Parameter, rank: int) -> None:
         _local(parameter.grad).view(-1)[0] = torch.nan
 
 
+def _none_on_rank_and_nan_on_the_other(where: int, parameter: nn.Parameter, rank: int) -> None:
+    _nan_on_rank(1 - where, parameter, rank)
+    if rank == where:
+        parameter.grad = None
+
+
 def _infinite_everywhere(parameter: nn.Parameter, rank: int) -> None:
     _local(parameter.grad).fill_(torch.inf)
 
@@ -47,6 +53,8 @@ SPOILED = {  # how a gradient is spoiled: (by what, is it counted)
     "no-gradient-on-one-rank": (_no_gradient_on_one_rank, 1),
     "nan-on-rank-0": (functools.partial(_nan_on_rank, 0), 1),  # of replicas one counts in the sums, not the other
     "nan-on-rank-1": (functools.partial(_nan_on_rank, 1), 1),
+    "none-on-rank-0-nan-on-rank-1": (functools.partial(_none_on_rank_and_nan_on_the_other, 0), 1),
+    "none-on-rank-1-nan-on-rank-0": (functools.partial(_none_on_rank_and_nan_on_the_other, 1), 1),
     "infinite": (_infinite_everywhere, 1),
 }
 

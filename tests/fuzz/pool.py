@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -16,6 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from tests.distributed.launch import CONTEXT, serve
 
 SIZE = 4
 
@@ -36,10 +37,10 @@ class Pool:
         self._members: list[tuple[Any, Any]] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        serve()
         for rank in range(SIZE):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, theirs, self.timeout / 2), daemon=True)
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(target=_serve, args=(rank, theirs, self.timeout / 2), daemon=True)
             process.start()
             theirs.close()
             self._members.append((process, ours))
