@@ -184,7 +184,7 @@ class NAMOD(_AdaptiveScale):
         orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
         shape_scale: s = shape_scale sqrt(max(m, n)) on the update; None: s = 1.
         max_step: Cap of both a_j and a_j s; None: no cap.
-        decay: "adaptive" (1 - weight_decay a_j) or "lr" (1 - lr weight_decay, Muon's).
+        decay: "adaptive" (1 - weight_decay a_j) or "lr" (1 - lr weight_decay, Muon's); neither below 0.
         adamw_lr: Learning rate of the AdamW groups; None: ``lr``, as in the official runs.
         adamw_betas: AdamW's betas.
         adamw_eps: AdamW's eps.

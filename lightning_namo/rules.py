@@ -204,8 +204,9 @@ def decay_factor(
         floor: Whether the factor stays at or above zero (NAMO-D's official code).
     """
     if decay == "lr":
-        return torch.ones_like(step_size) - lr * weight_decay
-    factor = 1 - weight_decay * (step_size if max_step is None else step_size.clamp(max=max_step))
+        factor = torch.ones_like(step_size) - lr * weight_decay
+    else:
+        factor = 1 - weight_decay * (step_size if max_step is None else step_size.clamp(max=max_step))
     return factor.clamp(min=0.0) if floor else factor
 
 

@@ -108,6 +108,7 @@ SWITCHES = [
     (NAMOD, {"max_step": 0.5}),
     (NAMOD, {"decay": "lr"}),
     (NAMOD, {"lam": 1.5, "max_step": None}),
+    (NAMOD, {"decay": "lr", "lam": 1.5}),  # beyond the floor at 0
     (NAMOD, {"c": 0.9}),
     (NAMOD, {"c": 0.0}),
     (NAMOD, {"eps": 0.1}),
