@@ -12,6 +12,15 @@ from tests.fuzz.run import report, run, shrink
 from tests.fuzz.walk import draw
 
 
+def summary(walks: int, failures: int, tally: Tally) -> str:
+    """What was done, in a line."""
+    return (
+        f"{walks} walks, {tally.events} events, {failures} failures; {tally.numbers:,} numbers compared, "
+        f"{tally.sharp / max(tally.numbers, 1):.3f} of them to within 1e-3; largest error {tally.worst:.2g} of its "
+        f"bound; {dict(tally.kinds)}"
+    )
+
+
 def main() -> int:
     """Run walks until the time is up; the exit code says whether one failed."""
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
@@ -39,12 +48,10 @@ def main() -> int:
         if args.walk is not None or (failure is not None and args.stop):
             break
         seed += 1
+        if walks % 100 == 0:
+            print(f"so far {summary(walks, failures, tally)}", flush=True)
     pool.close()
-    print(
-        f"{walks} walks, {tally.events} events, {failures} failures; {tally.numbers:,} numbers compared, "
-        f"{tally.sharp / max(tally.numbers, 1):.3f} of them to within 1e-3; largest error {tally.worst:.2g} of its "
-        f"bound; {dict(tally.kinds)}"
-    )
+    print(summary(walks, failures, tally))
     return 1 if failures else 0
 
 
