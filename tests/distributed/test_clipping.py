@@ -25,10 +25,10 @@ from torch.utils.data import DataLoader
 from lightning_namo import NAMOD, ClipsGradients, GradientClipping, clip_gradients, gradient_norm, optimize_with
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients
-from tests.distributed.test_strategies import HYPER, STRATEGIES, Net, Regression
+from tests.distributed.test_strategies import HYPER, OF_DEVICES, STRATEGIES, Net, Regression
 from tests.distributed.worker import Backward, Wire, clean, counted, new_module, relative_error, whole
 
-WORLD_SIZES = (2, 4)
+WORLD_SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 BOUND = {"norm": "max_norm", "value": "clip_value"}
 
 
@@ -287,7 +287,7 @@ def test_partial_sums_are_summed_before_they_are_measured(world_size: int) -> No
 
 @pytest.mark.parametrize("algorithm", CLIP)
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", OF_DEVICES)
 def test_a_strategy_trains_and_logs_as_one_device_with_clipping(strategy: str, way: str, algorithm: str) -> None:
     expected, norms = one_device(way, algorithm)
     tolerance = 1e-6 if strategy == "fsdp1" else 1e-9  # Lightning's FSDP precision makes float32 of the weights

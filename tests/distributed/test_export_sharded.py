@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ STRATEGIES: dict[str, Callable[[], str | Strategy]] = {
     "fsdp2 sharded": lambda: model_parallel(2, 1, True),
     "tp sharded": lambda: model_parallel(1, 2, True),
 }
+FAST = "fsdp2 sharded"
 SHARDED = [name for name in STRATEGIES if "sharded" in name]
 IDS = torch.randint(64, (2, 8), generator=torch.Generator().manual_seed(0))
 SAVED_AT, STEPS = 2, 4
@@ -92,29 +93,38 @@ class Runs:
     resumed: dict[Any, dict[str, Tensor]]
 
 
-def resuming(to_one: bool) -> list[tuple[str, str, str | None]]:
-    return [(to, optimizer, f"whole {source}") for source, to, optimizer in CASES if (to == "single") == to_one]
+def resuming(cases: list[tuple[str, str, str]], to_one: bool) -> list[tuple[str, str, str | None]]:
+    return [(to, optimizer, f"whole {source}") for source, to, optimizer in cases if (to == "single") == to_one]
 
 
-def run_all(rank: int, folder: str) -> Runs:
+def run_all(rank: int, folder: str, names: list[str], cases: list[tuple[str, str, str]]) -> Runs:
     os.environ.update(NODE_RANK="0")
-    logits = {name: train(strategy(), 2, Path(folder), name) for name, strategy in STRATEGIES.items()}
-    runs = list(dict.fromkeys((source, optimizer, None) for source, _, optimizer in CASES))
+    logits = {name: train(STRATEGIES[name](), 2, Path(folder), name) for name in names}
+    runs = list(dict.fromkeys((source, optimizer, None) for source, _, optimizer in cases))
     uninterrupted = run_cases(rank, runs, folder)
     for source, optimizer, _ in runs:
         if rank == 0:
             whole = checkpoint(f"whole {source}", optimizer, folder)
             consolidate(checkpoint(source, optimizer, folder), whole)  # starts no processes, and asks none
     dist.barrier()
-    return Runs(Path(folder), logits, uninterrupted, run_cases(rank, resuming(to_one=False), folder))
+    return Runs(Path(folder), logits, uninterrupted, run_cases(rank, resuming(cases, to_one=False), folder))
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, selected: list[dict[str, Any]]) -> Runs:
+    """Of what is selected, and always of FAST, which tests without parameters read."""
     folder = str(tmp_path_factory.mktemp("runs"))
-    runs: Runs = run_ranks(run_all, 2, folder, timeout=200)[0]
-    runs.resumed |= run_cases(0, resuming(to_one=True), folder)
+    names = [name for name in STRATEGIES if name == FAST or {"name": name} in selected]
+    sources = {case["source"] for case in selected if case.keys() == {"source"}}
+    chosen = [(case["source"], case["to"], case["optimizer"]) for case in selected if "optimizer" in case]
+    cases = [c for c in CASES if c in chosen or c == (SOURCES[1], "single", "NAMOD") or c[0] in sources]
+    runs: Runs = run_ranks(run_all, 2, folder, names, cases, timeout=200)[0]
+    runs.resumed |= run_cases(0, resuming(cases, to_one=True), folder)
     return runs
+
+
+def mostly_slow(names: Iterable[str], fast: str) -> list[Any]:
+    return [name if name == fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def saved(folder: Path, name: str, step: int) -> Path:
@@ -123,7 +133,7 @@ def saved(folder: Path, name: str, step: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("name", mostly_slow(STRATEGIES, FAST))
 def test_a_checkpoint_of_two_processes_is_exported_with_their_logits(name: str, runs: Runs, tmp_path: Path) -> None:
     path = saved(runs.folder, name, STEPS)
     with torch.no_grad():
@@ -148,7 +158,7 @@ def test_a_sharded_checkpoint_generates_text(runs: Runs, tmp_path: Path) -> None
 # ---------------------------------------------------------------------- consolidate
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", mostly_slow(SHARDED, FAST))
 def test_a_gpt2_goes_on_from_a_consolidated_checkpoint_on_one_device(name: str, runs: Runs, tmp_path: Path) -> None:
     report = consolidate(str(saved(runs.folder, name, SAVED_AT)), str(tmp_path / "whole.ckpt"))
     assert report["global_step"] == SAVED_AT
@@ -163,6 +173,7 @@ def test_a_gpt2_goes_on_from_a_consolidated_checkpoint_on_one_device(name: str, 
     assert os.listdir(tmp_path) == ["whole.ckpt"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "to", "optimizer"), CASES)
 def test_a_run_resumed_from_a_consolidated_checkpoint_equals_the_uninterrupted_one(
     source: str, to: str, optimizer: str, runs: Runs
@@ -174,7 +185,7 @@ def test_a_run_resumed_from_a_consolidated_checkpoint_equals_the_uninterrupted_o
         assert relative_error(weight, expected[name]) <= tolerance, name
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", mostly_slow(SOURCES, SOURCES[1]))
 def test_a_sharded_checkpoint_loses_nothing(source: str, runs: Runs) -> None:
     path = Path(checkpoint(source, "NAMOD", str(runs.folder)))
     whole = torch.load(checkpoint(f"whole {source}", "NAMOD", str(runs.folder)), weights_only=True)

@@ -83,8 +83,8 @@ def by_rank(rank: int) -> dict[str, list[bool]]:
 
 AGREEING = [
     ("fsdp2-even", "GradScaler", "tall.layer.weight"),
-    ("fsdp2-uneven", "GradScaler", "norm.layer.bias"),
-    ("fsdp1", "ShardedGradScaler", "fused.layer.weight"),
+    pytest.param("fsdp2-uneven", "GradScaler", "norm.layer.bias", marks=pytest.mark.slow),
+    pytest.param("fsdp1", "ShardedGradScaler", "fused.layer.weight", marks=pytest.mark.slow),
 ]
 
 
@@ -118,6 +118,7 @@ def test_where_ranks_part_the_job_ends_with_an_error_and_no_hang() -> None:
     assert "Timed out" in str(error.value)
 
 
+@pytest.mark.slow
 def test_under_fsdp2_with_tensor_parallelism_the_first_gradient_decides_who_agrees() -> None:
     """Ours is a matrix that both divide; AdamW's is the embedding, over whose mesh half of the ranks learn of it."""
     found = run_ranks(by_rank, 4, timeout=150)

@@ -84,11 +84,11 @@ def measured(world_size: int) -> list[dict[tuple[str, bool, int], int]]:
     ("world_size", "replicated", "iteration", "most"),
     [
         (1, False, "bfloat16", 8),
-        (2, False, "bfloat16", 11),
-        (2, True, "bfloat16", 12.5),
+        pytest.param(2, False, "bfloat16", 11, marks=pytest.mark.slow),
+        pytest.param(2, True, "bfloat16", 12.5, marks=pytest.mark.slow),
         (1, False, "float32", 13.5),
-        (2, False, "float32", 17),
-        (2, True, "float32", 17.5),
+        pytest.param(2, False, "float32", 17, marks=pytest.mark.slow),
+        pytest.param(2, True, "float32", 17.5, marks=pytest.mark.slow),
     ],
 )
 def test_peak_memory_of_a_step_is_bounded_by_the_buckets_and_not_by_the_model(

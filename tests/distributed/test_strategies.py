@@ -114,6 +114,9 @@ STRATEGIES: dict[str, tuple[int, Callable[[], str | Strategy], Any]] = {  # proc
     "fsdp2+tp": (4, lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2), _fsdp2_tp),
     "hsdp": (4, lambda: ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1), _hsdp),
 }
+OF_DEVICES = [  # tests on four devices are slow
+    pytest.param(name, marks=pytest.mark.slow) if devices > 2 else name for name, (devices, *_) in STRATEGIES.items()
+]
 CLIPPED = ("ddp", "fsdp2")  # where Lightning itself clips by norm
 
 
@@ -179,7 +182,10 @@ def one_device(callback: bool, clip: bool) -> dict[str, Tensor]:
 
 
 CASES = [
-    (name, callback, clip) for name in STRATEGIES for callback in (False, True) for clip in {False, name in CLIPPED}
+    pytest.param(name, callback, clip, marks=[pytest.mark.slow] * (STRATEGIES[name][0] > 2))
+    for name in STRATEGIES
+    for callback in (False, True)
+    for clip in sorted({False, name in CLIPPED})
 ]
 
 
