@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from iteration import ITERATIONS, iterating_in
+
+OPTIMIZERS = ("NAMO", "NAMOD", "Muon", "AdaMuon")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test's turns with each optimizer one is fast, another from test to test; the others are marked slow."""
+    turns: dict[Any, dict[str, list[pytest.Item]]] = {}
+    for item in items:
+        values = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        names = [getattr(getattr(value, "func", value), "__name__", value) for value in values]
+        for name in OPTIMIZERS:
+            if name in names and "distributed" not in item.path.parts:
+                turns.setdefault(item.function, {}).setdefault(name, []).append(item)
+    for function, by_name in turns.items():
+        fast = zlib.crc32(function.__name__.encode()) % len(by_name)
+        for number, name in enumerate(by_name):
+            for item in by_name[name] if number != fast else ():
+                item.add_marker("slow")
 
 
 @pytest.fixture(params=ITERATIONS)

@@ -16,7 +16,7 @@ import torch
 
 
 def run_python(
-    arguments: Sequence[str], folder: Path | None = None, timeout: float = 150, **environment: str
+    arguments: Sequence[str], folder: Path | None = None, timeout: float = 280, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """What ``python ARGUMENTS`` does: a script, -m and a module or -c and a program, in a process of its own.
 

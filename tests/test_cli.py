@@ -153,6 +153,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((CONFIGS / "optim").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_optimizer_config_layers_over_the_quickstart(fit: Fit, path: Path) -> None:
     trainer, model, data = fit(QUICKSTART, f"--config={path}")
@@ -169,6 +170,7 @@ def test_every_optimizer_has_a_config() -> None:
     assert {path.stem for path in (CONFIGS / "optim").glob("*.yaml")} == set(RECIPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -334,6 +336,7 @@ OURS = "--optim.optimizer=NAMOD"
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
+@pytest.mark.slow  # test_yaml_fuzz.py has fast ones
 def test_wrong_input_to_fit_is_one_clear_message(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -405,6 +408,7 @@ def test_the_readme_s_python_runs_as_written() -> None:
     assert isinstance(module.configure_optimizers(), lightning_namo.NAMOD)
 
 
+@pytest.mark.slow
 def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
     (tmp_path / "my_text.txt").write_text("Some text of one's own. " * 2000)

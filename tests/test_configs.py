@@ -219,6 +219,7 @@ def test_adamw_can_have_a_learning_rate_of_its_own(instantiated: Callable[..., N
         assert [group["lr"] for group in made.param_groups] == [OPTIMIZERS[optimizer][1]["lr"], 0.0013]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("scale", "processes"), [("laptop", 1), ("one_node", 8), ("multi_node", 32)])
 def test_every_scale_makes_the_global_batch(

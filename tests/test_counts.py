@@ -132,6 +132,7 @@ def test_a_step_takes_no_more_kernels_bytes_and_calls_than_are_held(
             assert len(files) <= len(files_before), f"{told}New files: {sorted(files - files_before)}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", OPTIMIZERS)
 def test_kernels_do_not_grow_with_elements_layers_or_equal_matrices(cls: type[OrthogonalizedOptimizer]) -> None:
     small, one = operations(gpt2(cls)).kernels, operations(matrices(cls, 12)).kernels

@@ -120,6 +120,7 @@ def _expected(batches: int) -> list[list[int]]:
     return WindowOrder(WINDOWS, 5).take(0, batches * BATCH).reshape(-1, BATCH).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_resumed_in_mid_epoch_sees_the_windows_and_weights_of_an_uninterrupted_one(
     folder: Path, num_workers: int

@@ -54,6 +54,7 @@ def relative(actual, expected):
 # --- how exact the iteration is -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 1.5, 2.0])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
@@ -139,6 +140,7 @@ def test_the_polynomials_of_the_eigenvalues_are_the_iteration(coefficients, shap
     assert relative(by_eigenvalues(X, values, vectors, polynomials), exact) < 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6, 7])
 @pytest.mark.parametrize("shape", [(512, 768), (64, 96), (64, 97), (128, 64), (512, 1024), (1100, 520)])
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)

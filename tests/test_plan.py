@@ -47,6 +47,7 @@ def fits(costs: list[int], world_size: int, capacity: float) -> bool:
     return bool(done[tuple(counts)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", GPT2)
 def test_busiest_rank_is_within_5_percent_of_the_best_that_whole_matrices_allow(size: str) -> None:
     costs = gpt2_costs(size)

@@ -102,6 +102,7 @@ def test_the_tokenizer_json_gives_the_ids_of_tiktoken(gpt2: Encoder) -> None:
     assert gpt2.tokenizer.get_vocab_size() == 50257
 
 
+@pytest.mark.slow
 @unhurried
 @given(text=st.text() | st.text("a1 \n\t'sd.é\u3000\x1f"), piece=st.integers(1, 8))
 def test_pieces_change_no_id(gpt2: Encoder, text: str, piece: int) -> None:
@@ -308,7 +309,7 @@ def test_a_killed_run_goes_on_to_the_same_files(
     method = {"Encoder": "encode", "tqdm": "update"}[cls]
     command = ["-c", CHILD, cls, method, str(calls), inputs, str(out), name, str(num_proc)]
     # The pipe is closed only when the last of its processes is gone: none outlives the run.
-    killed = run_python(command, timeout=200)
+    killed = run_python(command)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     done = _finished(out)
     assert done
@@ -344,6 +345,7 @@ def test_a_killed_process_ends_the_run_with_what_to_do(gpt2: Encoder, tmp_path: 
         parts.encode_parts(job, plan, num_proc=2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_parts_make_no_difference(vocabulary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _parquet(tmp_path / "texts", TEXTS)
@@ -358,6 +360,7 @@ def test_parts_make_no_difference(vocabulary: str, tmp_path: Path, monkeypatch: 
         assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 @pytest.mark.parametrize("change", ["nothing", "seed", "file", "cut_short"])
 def test_parts_are_kept_for_the_same_files_and_settings_only(
@@ -393,6 +396,7 @@ def test_parts_are_kept_for_the_same_files_and_settings_only(
     assert [path.name for path in (out / "partial").iterdir()] == ["mine.md"]
 
 
+@pytest.mark.slow
 def test_finished_files_are_left_alone_unless_they_or_their_source_changed(
     vocabulary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

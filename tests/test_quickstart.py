@@ -56,7 +56,7 @@ def run(folder: Path, *options: str, fork: bool = False) -> Run:
     command = [str(script), "fit", "--config", str(CONFIG), *SHORT, *options]
     environment = {"COLUMNS": "120", "OMP_NUM_THREADS": "1"}  # threads cost more than they bring here
     if fork:
-        done = run_python(command, folder, timeout=280, **environment)
+        done = run_python(command, folder, **environment)
     else:
         environment = os.environ | environment
         done = subprocess.run(command, cwd=folder, env=environment, timeout=280, text=True, capture_output=True)

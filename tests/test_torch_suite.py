@@ -806,6 +806,7 @@ def compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 @all_optimizers
 def test_a_compiled_step_is_the_eager_one(cls):
