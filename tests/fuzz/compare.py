@@ -55,6 +55,13 @@ def whole(name: str, parts: list[Part], shape: tuple[int, ...]) -> Tensor:
     return found
 
 
+def dtypes_of(name: str, seen: list[Seen]) -> Rounding:
+    """In which dtypes the ranks hold a parameter, and its state."""
+    state = {key: part.local.dtype for key, part in seen[0].state[name].items()}
+    statistics = state.get("v", state["step"])
+    return Rounding(seen[0].weights[name].local.dtype, state.get("momentum_buffer") or state["exp_avg"], statistics)
+
+
 class Reference:
     """The walk in one process, in float64."""
 
@@ -177,12 +184,7 @@ class Reference:
 
     def _units(self, name: str, seen: list[Seen]) -> Rounding:
         """The coarser of the dtypes before and now."""
-        state = seen[0].state[name]
-        now = Rounding(
-            seen[0].weights[name].local.dtype,
-            state["momentum_buffer" if "momentum_buffer" in state else "exp_avg"].local.dtype,
-            (state["v"] if "v" in state else state["step"]).local.dtype,
-        )
+        now = dtypes_of(name, seen)
         old = self.units.get(name, now)
         pairs = ((getattr(old, key), getattr(now, key)) for key in ("weight", "momentum", "statistics"))
         return Rounding(*(max(pair, key=unit) for pair in pairs))
@@ -239,9 +241,7 @@ class Reference:
             if unit(dtype) > unit(self.dtypes[name]):
                 self.constant[name] = W, eW + unit(dtype) * W.abs()
         else:
-            state = seen[0].state[name]
-            momentum = state["momentum_buffer" if "momentum_buffer" in state else "exp_avg"].local.dtype
-            now = Rounding(dtype, momentum, (state["v"] if "v" in state else state["step"]).local.dtype)
+            now = dtypes_of(name, seen)
             old = self.units.get(name)
             if old is not None and now != old:
                 self.trained[name].round(now)
