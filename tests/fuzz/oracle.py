@@ -67,11 +67,11 @@ class Polar:
 
     def __init__(self, signs: bool) -> None:
         self.signs = signs  # N is a matrix of signs: AdaMuon's
-        self.weight = torch.float64
-        self.spread = torch.zeros(())  # of N, elementwise
+        self.weight = torch.float64  # the dtype that N is sent in
+        self.spread = torch.zeros(())  # how far N may be off, elementwise
+        self.before_sign = torch.zeros(())
 
     def __call__(self, N: Tensor) -> Tensor:
-        self.N = N
         U, S, Vh = torch.linalg.svd(N, full_matrices=False)
         cut = float(S[0]) * max(N.shape) * unit(torch.promote_types(self.weight, torch.float32))
         rank = int((cut < S).sum())
@@ -90,6 +90,8 @@ class Polar:
         gap = float(S[rank - 1]) if rank else inf
         following = float(S[rank]) if rank < len(S) else 0.0
         agreed = gap - distance > cut * (1 + 1e-6) and (rank == full or following + distance < cut * (1 - 1e-6))
+        # ||dO||_F <= (2 / (s + t) + 1 / max(s, t)) ||dN||_F with the smallest singular values s, t of both (Li 1995,
+        # "New perturbation bounds for the unitary polar factor"); one more for the null space that is cut off.
         bound = 4 * (distance + noise) / (gap - distance - noise) if agreed and gap > distance + noise else inf
         self.off = min(max(bound, self.off), 2 * sqrt(max(full, 1)))
         return self.factor
