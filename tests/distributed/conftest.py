@@ -1,4 +1,4 @@
-"""What the tests of whole jobs share: the token files, and a run that nothing interrupts."""
+"""What the tests of whole jobs share: a folder with the token files, and a run that nothing interrupts."""
 
 from __future__ import annotations
 
@@ -7,15 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_namo.gpt2.prepare import prepare_speeches
 from tests.distributed.job import STEPS, losses, run_ranks, succeed
-
-
-@pytest.fixture(scope="session")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    data = tmp_path_factory.mktemp("tokens")
-    prepare_speeches(data / "sotu")
-    return data
 
 
 @pytest.fixture(scope="module")
@@ -26,17 +18,17 @@ def selected(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tokens: Path) -> Path:
+def folder(tmp_path: Path, data: Path) -> Path:
     """A working directory with the token files in data/sotu."""
-    (tmp_path / "data").symlink_to(tokens)
+    (tmp_path / "data").symlink_to(data)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, tokens: Path) -> Path:
+def whole_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The folder of a run on one node with two processes under DDP."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    (folder / "data").symlink_to(tokens)
+    (folder / "data").symlink_to(data)
     succeed(run_ranks(folder))
     return folder
 

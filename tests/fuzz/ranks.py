@@ -36,7 +36,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer, clip_gradients
-from tests.fuzz.walk import PLAIN, Event, Walk, clean, gradients, restructure
+from tests.distributed.layouts import whole
+from tests.distributed.worker import clean, local
+from tests.fuzz.walk import PLAIN, Event, Walk, gradients, restructure
 
 CLASSES = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 
@@ -86,8 +88,8 @@ class Member:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         standing = walk.standing(first)
         self.place, self.still, self.unknown = standing.place, standing.still, standing.unknown
-        whole = None if folder is None else os.path.join(folder, "full.pt")
-        saved = torch.load(whole, weights_only=True) if whole is not None and os.path.exists(whole) else None
+        file = None if folder is None else os.path.join(folder, "full.pt")
+        saved = torch.load(file, weights_only=True) if file is not None and os.path.exists(file) else None
         self.inner: nn.Module = walk.model(first, self.place.layout in PLAIN)
         if saved is not None:
             self.inner.load_state_dict(saved["weights"])
@@ -201,13 +203,13 @@ class Member:
     def full_state(self) -> dict[str, Any]:
         """Whole weights and optimizer state, the same on all ranks."""
         if isinstance(self.module, FSDP):
-            whole = FullStateDictConfig(), FullOptimStateDictConfig(rank0_only=False, offload_to_cpu=False)
-            with FSDP.state_dict_type(self.module, StateDictType.FULL_STATE_DICT, *whole):
+            complete = FullStateDictConfig(), FullOptimStateDictConfig(rank0_only=False, offload_to_cpu=False)
+            with FSDP.state_dict_type(self.module, StateDictType.FULL_STATE_DICT, *complete):
                 weights = {clean(name): value.clone() for name, value in self.module.state_dict().items()}
                 return {"weights": weights, "optimizer": FSDP.optim_state_dict(self.module, self.optimizer)}
-        weights = {clean(name): full(value) for name, value in self.module.state_dict().items()}
+        weights = {clean(name): whole(value) for name, value in self.module.state_dict().items()}
         state = self.optimizer.state_dict()
-        state["state"] = {i: {k: full(v) for k, v in of.items()} for i, of in state["state"].items()}
+        state["state"] = {i: {k: whole(v) for k, v in of.items()} for i, of in state["state"].items()}
         return {"weights": weights, "optimizer": state}
 
     def save(self, way: str, folder: str) -> None:
@@ -344,16 +346,6 @@ class Member:
             _, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
             return Part(shape, tuple(offset), tensor.to_local().clone())
         return Part(tuple(tensor.shape), (0,) * tensor.dim(), tensor.clone(memory_format=torch.contiguous_format))
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor, or the tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def full(tensor: Tensor) -> Tensor:
-    """A DTensor as a whole, or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def take_part(walk: Walk, first: int, numbers: list[int], loaded: str | None, saved: str) -> Answer:

@@ -10,9 +10,10 @@ import pytest
 from tests.fuzz.compare import Tally
 from tests.fuzz.pool import Pool
 from tests.fuzz.run import report, run, shrink
-from tests.fuzz.walk import Event, Place, draw
+from tests.fuzz.walk import WORLDS, Event, Place, draw
 
 SEEDS = range(100)
+EVENTS = {"step", "schedule", "reload", "resume", "evaluate", "unfreeze", "freeze", "deepcopy", "channels_last", "cast"}
 
 
 @pytest.fixture(scope="module")
@@ -22,24 +23,29 @@ def pool() -> Iterator[Pool]:
     pool.close()
 
 
-@pytest.fixture(scope="module")
-def tally() -> Tally:
-    return Tally()
-
-
 @pytest.mark.parametrize("seed", [s if s % 10 == 0 else pytest.param(s, marks=pytest.mark.slow) for s in SEEDS])
-def test_a_walk_ends_where_the_reference_does(seed: int, pool: Pool, tally: Tally) -> None:
+def test_a_walk_ends_where_the_reference_does(seed: int, pool: Pool) -> None:
     walk = draw(seed, short=True)
-    failure = run(walk, pool, tally)
+    failure = run(walk, pool, Tally())
     if failure is not None:
         pytest.fail(report(*shrink(walk, failure, pool), short=True), pytrace=False)
 
 
+def test_the_walks_meet_every_event_and_layout() -> None:
+    walks = [draw(seed, short=True) for seed in SEEDS]
+    places = [walk.place for walk in walks] + [e.args["to"] for walk in walks for e in walk.events if "to" in e.args]
+    assert {place.layout for place in places} == set(WORLDS)
+    met = {event.kind for walk in walks for event in walk.events}
+    assert met == EVENTS
+
+
 @pytest.mark.slow
-def test_the_walks_have_met_every_event_and_their_bounds_are_narrow(tally: Tally) -> None:
-    assert {event.kind for seed in SEEDS for event in draw(seed, short=True).events} | {"start"} == set(tally.kinds)
+def test_bounds_are_narrow(pool: Pool) -> None:
+    tally = Tally()
+    for seed in SEEDS[::5]:
+        assert run(draw(seed, short=True), pool, tally) is None
     assert tally.sharp > 0.75 * tally.numbers  # the others are of float32 and bfloat16, or after a huge gradient
-    assert tally.worst <= 1
+    assert 0.1 < tally.worst <= 1  # of what rounding may do some is seen
 
 
 @pytest.mark.parametrize("place", [Place("single", 1), Place("ddp", 2), Place("fsdp2", 2)])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tests.distributed.worker import clean
+
 WORLDS = {  # layout -> how many ranks it takes
     "single": (1,),
     "ddp": (2, 3, 4),
@@ -125,11 +127,6 @@ class Prescribed(nn.Module):
                 parameter = parameter.to_local()
             total = total + (parameter * grad).sum()
         return total
-
-
-def clean(name: str) -> str:
-    """A parameter's name without what DDP and FSDP1 add."""
-    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
 
 
 @dataclass(frozen=True)
