@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -41,11 +42,15 @@ def test_the_walks_meet_every_event_and_layout() -> None:
 
 @pytest.mark.slow
 def test_bounds_are_narrow(pool: Pool) -> None:
-    tally = Tally()
-    for seed in SEEDS[::5]:
-        assert run(draw(seed, short=True), pool, tally) is None
-    assert tally.sharp > 0.75 * tally.numbers  # the others are of float32 and bfloat16, or after a huge gradient
-    assert 0.1 < tally.worst <= 1  # of what rounding may do some is seen
+    """Half of the walks in float64 come within a factor of ten of what rounding may do at worst."""
+    worst = []
+    for walk in (draw(seed, short=True) for seed in SEEDS[:60]):
+        if {layer.dtype for layer in walk.layers} == {"float64"} and walk.hyper["momentum_dtype"] is None:
+            tally = Tally()
+            assert run(walk, pool, tally) is None
+            worst.append(tally.worst)
+    assert len(worst) > 20
+    assert 0.1 < statistics.median(worst) <= 1
 
 
 @pytest.mark.parametrize("place", [Place("single", 1), Place("ddp", 2), Place("fsdp2", 2)])
