@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import optuna
 
 from lightning_namo import NAMOD, OptimizerCallback, WarmupStableDecay
-from lightning_namo.gpt2.data import TextDataModule
+from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 
 

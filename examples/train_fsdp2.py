@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_namo import NAMO, WarmupStableDecay, build_optimizer
-from lightning_namo.gpt2.data import TextDataModule
-from lightning_namo.gpt2.loaders import TrainLoader
+from lightning_namo.gpt2.data.loaders import TrainLoader
+from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 
 

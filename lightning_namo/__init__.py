@@ -1,12 +1,26 @@
-"""NAMO and NAMO-D for PyTorch Lightning and Fabric (arXiv 2602.17080)."""
+"""NAMO and NAMO-D for PyTorch Lightning and Fabric (arXiv 2602.17080).
 
-from lightning_namo.callbacks import OptimizerCallback, SaveOnSigterm
-from lightning_namo.clipping import ClipsGradients, GradientClipping, clip_gradients, gradient_norm
-from lightning_namo.factory import build_optimizer, optimize_with
-from lightning_namo.optimizers import NAMO, NAMOD, AdaMuon, Muon
-from lightning_namo.orthogonalize import orthogonalize
-from lightning_namo.param_groups import split_parameters
-from lightning_namo.schedules import WarmupStableDecay
+What needs Lightning is imported when it is first used: plain PyTorch imports torch only.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_namo import _moved
+from lightning_namo.integration.build import build_optimizer
+from lightning_namo.integration.clipping import clip_gradients, gradient_norm
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.optim.muon import AdaMuon, Muon
+from lightning_namo.optim.namo import NAMO, NAMOD
+from lightning_namo.optim.schedules import WarmupStableDecay
+from lightning_namo.polar.orthogonalize import orthogonalize
+from lightning_namo.routing.split import split_parameters
+
+if TYPE_CHECKING:
+    from lightning_namo.integration.configure import optimize_with
+    from lightning_namo.integration.lightning_clipping import ClipsGradients, GradientClipping
+    from lightning_namo.integration.optimizer_callback import OptimizerCallback
+    from lightning_namo.integration.preemption import SaveOnSigterm
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +31,7 @@ __all__ = [
     "GradientClipping",
     "Muon",
     "OptimizerCallback",
+    "OrthogonalizedOptimizer",
     "SaveOnSigterm",
     "WarmupStableDecay",
     "build_optimizer",
@@ -26,3 +41,26 @@ __all__ = [
     "orthogonalize",
     "split_parameters",
 ]
+
+_NEED_LIGHTNING = {
+    "ClipsGradients": "lightning_clipping",
+    "GradientClipping": "lightning_clipping",
+    "OptimizerCallback": "optimizer_callback",
+    "SaveOnSigterm": "preemption",
+    "optimize_with": "configure",
+}
+"""Public names, and where they are in `lightning_namo.integration`."""
+
+_moved.install()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_LIGHTNING:
+        value = getattr(importlib.import_module(f"lightning_namo.integration.{_NEED_LIGHTNING[name]}"), name)
+        globals()[name] = value
+        return value
+    return _moved.find(__name__, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

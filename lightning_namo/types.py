@@ -1,10 +1,13 @@
 """Number types with a range, for constructors that a command line calls.
 
 `jsonargparse` refuses a value outside the range with a message that names the option. To a type checker, and
-in calls from Python, they are plain `int` and `float`.
+in calls from Python, they are plain `int` and `float`. Annotations write ``types.PositiveInt``, so that jsonargparse is
+imported only when a command line asks what that is.
 """
 
-from typing import TYPE_CHECKING
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     PositiveInt = int
@@ -14,20 +17,6 @@ if TYPE_CHECKING:
     ClosedUnitInterval = float
     OpenUnitInterval = float
     HalfOpenUnit = float
-else:
-    from jsonargparse.typing import (
-        ClosedUnitInterval,
-        NonNegativeFloat,
-        NonNegativeInt,
-        OpenUnitInterval,
-        PositiveFloat,
-        PositiveInt,
-        restricted_number_type,
-    )
-
-    HalfOpenUnit = restricted_number_type(
-        "HalfOpenUnit", float, [(">=", 0), ("<", 1)], docstring="float restricted to be >=0 and <1"
-    )
 
 __all__ = [
     "ClosedUnitInterval",
@@ -38,3 +27,16 @@ __all__ = [
     "PositiveFloat",
     "PositiveInt",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from jsonargparse import typing
+
+    if name == "HalfOpenUnit":
+        unit = [(">=", 0), ("<", 1)]
+        made = typing.restricted_number_type(name, float, unit, docstring="float restricted to be >=0 and <1")
+    else:
+        made = getattr(typing, name)
+    return globals().setdefault(name, made)

@@ -39,7 +39,7 @@ def iteration(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the embedded corpus' token files, sotu: a link to it saves a run the seconds to make them."""
-    from lightning_namo.gpt2.prepare import prepare_speeches
+    from lightning_namo.gpt2.data.prepare import prepare_speeches
 
     folder = tmp_path_factory.mktemp("data")
     prepare_speeches(folder / "sotu")
@@ -65,7 +65,7 @@ def kept_parsers() -> Iterator[None]:
 
 
 def native() -> str:
-    from lightning_namo.orthogonalize import iteration_dtype
+    from lightning_namo.polar.iteration_dtype import iteration_dtype
 
     with iterating_in(None):
         dtype = iteration_dtype("cpu")

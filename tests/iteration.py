@@ -13,7 +13,7 @@ ITERATIONS = ("bfloat16", "float32")
 @contextmanager
 def iterating_in(dtype: str | None) -> Iterator[None]:
     """Set the iteration's dtype by name, for this process and those that it starts; None: leave it to the device."""
-    from lightning_namo.orthogonalize import ITERATION_DTYPE  # not above: conftest.py imports this for pytest-xdist too
+    from lightning_namo.polar.iteration_dtype import ITERATION_DTYPE
 
     with mock.patch.dict(os.environ):
         os.environ.pop(ITERATION_DTYPE, None)

@@ -234,7 +234,7 @@ def test_a_device_without_the_fused_kernel_trains_alike_and_is_guarded(
     answers = []
     for parameter in (fused, other):
         if parameter is other:
-            monkeypatch.setattr("lightning_namo.adamw._get_fused_kernels_supported_devices", list)
+            monkeypatch.setattr("lightning_namo.optim.adamw._get_fused_kernels_supported_devices", list)
         optimizer = ours([parameter])
         for step in range(3):
             parameter.grad = randn(*parameter.shape, seed=step, dtype=parameter.dtype)

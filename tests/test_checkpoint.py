@@ -15,15 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 from toy import assert_same
 
-from lightning_namo import (
-    NAMO,
-    NAMOD,
-    AdaMuon,
-    Muon,
-    OptimizerCallback,
-    WarmupStableDecay,
-    build_optimizer,
-)
+from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, WarmupStableDecay, build_optimizer
 
 OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
 EXACT = {"orthogonalizer": "svd"}

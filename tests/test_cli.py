@@ -20,7 +20,7 @@ from forked import run_python
 import lightning_namo
 from lightning_namo import OptimizerCallback, WarmupStableDecay
 from lightning_namo.cli import main
-from lightning_namo.gpt2.data import TextDataModule
+from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 
 pytestmark = pytest.mark.usefixtures("kept_parsers")

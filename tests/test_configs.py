@@ -16,11 +16,11 @@ import yaml
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, WarmupStableDecay, split_parameters
 from lightning_namo.cli import NamoCLI, main
-from lightning_namo.factory import make_optimizer
-from lightning_namo.gpt2.data import accumulation
+from lightning_namo.gpt2.data.module import accumulation
+from lightning_namo.gpt2.data.streaming import StreamingTextDataModule
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import MeshStrategy
-from lightning_namo.gpt2.streaming import StreamingTextDataModule
+from lightning_namo.integration.build import make_optimizer
 
 pytestmark = pytest.mark.usefixtures("kept_parsers")
 

@@ -17,15 +17,15 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
-from lightning_namo.base import OrthogonalizedOptimizer
 from lightning_namo.cli import main
-from lightning_namo.estimate import Estimate, estimate, overlapped
-from lightning_namo.forecast import MODELS, build_model
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import shard
-from lightning_namo.grid import LAYOUTS as NAMES
-from lightning_namo.grid import Grid, chunk
-from lightning_namo.regions import local_tensor
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.planning.cost_model import Estimate, estimate, overlapped
+from lightning_namo.planning.models import MODELS, build_model
+from lightning_namo.planning.simulated_mesh import LAYOUTS as NAMES
+from lightning_namo.planning.simulated_mesh import Grid, chunk
+from lightning_namo.sharding.local import local_tensor
 from tests.distributed.launch import run_ranks
 from tests.distributed.layouts import LAYOUTS
 from tests.distributed.test_memory import bucket, peak_of_a_step, size

@@ -17,14 +17,16 @@ import transformers
 import yaml
 from torch import Tensor, nn
 
+from lightning_namo.atomic_io import replacing
+from lightning_namo.checkpoint.consolidate import consolidate
 from lightning_namo.cli import main
-from lightning_namo.consolidate import consolidate, replacing
+from lightning_namo.gpt2.data.encoding import END_OF_TEXT
+from lightning_namo.gpt2.data.prepare import prepare
 from lightning_namo.gpt2.export import export, to_transformers
 from lightning_namo.gpt2.generate import generate
+from lightning_namo.gpt2.load import Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
-from lightning_namo.gpt2.prepare import END_OF_TEXT, prepare
-from lightning_namo.gpt2.trained import Vocabulary, find_vocabulary, load_network
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. "

@@ -14,16 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from lightning_namo.gpt2 import corpus, encoding, prepare
-from lightning_namo.gpt2.corpus import build
-from lightning_namo.gpt2.data import TextDataModule
-from lightning_namo.gpt2.loaders import (
-    IGNORED,
-    TokenWindows,
-    TrainLoader,
-    ValidationLoader,
-    WindowOrder,
-)
+from lightning_namo.gpt2.data import corpus, encoding, prepare
+from lightning_namo.gpt2.data.corpus import build
+from lightning_namo.gpt2.data.loaders import IGNORED, TokenWindows, TrainLoader, ValidationLoader, WindowOrder
+from lightning_namo.gpt2.data.module import TextDataModule
 
 TEXT = "The state of the union is strong. " * 40
 UNICODE = "Résumé: naïve “quotes”, 日本語, עברית, 🚀👩‍🚀\r\n\ttabs\x00 and nulls"

@@ -18,11 +18,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
-from lightning_namo.gpt2.data import TextDataModule, accumulation
-from lightning_namo.gpt2.loaders import WindowOrder
+from lightning_namo.gpt2.data.encoding import train_tokenizer
+from lightning_namo.gpt2.data.loaders import WindowOrder
+from lightning_namo.gpt2.data.module import TextDataModule, accumulation
+from lightning_namo.gpt2.data.prepare import prepare
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module, training_flops
-from lightning_namo.gpt2.prepare import prepare, train_tokenizer
 from lightning_namo.gpt2.summary import RunSummary, TokenThroughput
 from tests.distributed.launch import run_ranks
 

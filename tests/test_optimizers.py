@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import assert_same
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, WarmupStableDecay, split_parameters
-from lightning_namo.base import OrthogonalizedOptimizer
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.types import NonNegativeFloat
 
 OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]

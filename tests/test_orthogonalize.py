@@ -14,14 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lightning_namo
 from lightning_namo import NAMO, orthogonalize
-from lightning_namo.orthogonalize import (
-    _NORM_EPS,
-    ITERATION_DTYPE,
-    _fastest_dtype,
-    _normalize,
-    iteration_dtype,
-    newton_schulz_flops,
-)
+from lightning_namo.polar.cost import newton_schulz_flops
+from lightning_namo.polar.iteration_dtype import ITERATION_DTYPE, _fastest_dtype, iteration_dtype
+from lightning_namo.polar.newton_schulz import _NORM_EPS, _normalize
 from lightning_namo.workspace import Workspace
 
 POLYNOMIALS = {"quintic": QUINTIC, "polar_express": POLAR_EXPRESS}
@@ -312,7 +307,7 @@ PROGRAM = f"""
 import sys, types
 package = sys.modules["lightning_namo"] = types.ModuleType("lightning_namo")
 package.__path__ = {lightning_namo.__path__}
-from lightning_namo.orthogonalize import iteration_dtype
+from lightning_namo.polar.iteration_dtype import iteration_dtype
 print(iteration_dtype("cpu"))
 """
 

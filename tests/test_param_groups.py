@@ -25,7 +25,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from lightning_namo.param_groups import ParameterGroups, Route, split_parameters
+from lightning_namo.routing.reasons import Route
+from lightning_namo.routing.split import ParameterGroups, split_parameters
 
 
 class Block(nn.Module):

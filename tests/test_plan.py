@@ -6,10 +6,11 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
-from lightning_namo.orthogonalize import newton_schulz_flops
-from lightning_namo.plan import Matrix, assign_owners, make_plan
-from lightning_namo.regions import Block, Region, Span
+from lightning_namo.polar.cost import newton_schulz_flops
+from lightning_namo.sharding.assignment import Matrix, assign_owners, make_plan
+from lightning_namo.sharding.layout import Block, Region, Span
 
 GPT2 = {"small": (12, 768), "medium": (24, 1024), "large": (36, 1280)}
 
@@ -73,7 +74,7 @@ def test_more_ranks_than_matrices_leave_ranks_idle() -> None:
 def published(by_rank: list[list[Region]], shapes: list[tuple[int, int]], name: str = "w") -> list[list[Matrix]]:
     return [
         [
-            Matrix(f"{name}{i}", s, "torch.bfloat16", s[0] * s[1], r)
+            Matrix(f"{name}{i}", s, torch.bfloat16, s[0] * s[1], r)
             for i, (s, r) in enumerate(zip(shapes, regions, strict=True))
         ]
         for regions in by_rank
@@ -114,7 +115,7 @@ def test_ranks_that_wait_for_each_other_at_every_bucket_lose_little(size: str, m
     shapes, costs = gpt2_shapes(size), gpt2_costs(size)
     regions = [Block(0, rows, 0, cols) for rows, cols in shapes]
     matrices = [
-        Matrix(f"w{i}", shape, "torch.bfloat16", cost, region)
+        Matrix(f"w{i}", shape, torch.bfloat16, cost, region)
         for i, (shape, cost, region) in enumerate(zip(shapes, costs, regions, strict=True))
     ]
     lost = []

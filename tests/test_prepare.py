@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from lightning_namo.cli import main
-from lightning_namo.gpt2 import documents, encoding, openwebtext, parts
-from lightning_namo.gpt2.corpus import load_speeches
-from lightning_namo.gpt2.data import TextDataModule
-from lightning_namo.gpt2.encoding import END_OF_TEXT, Encoder, load_encoder
-from lightning_namo.gpt2.prepare import prepare
+from lightning_namo.gpt2.data import documents, encoding, openwebtext, tokenize
+from lightning_namo.gpt2.data.corpus import load_speeches
+from lightning_namo.gpt2.data.encoding import END_OF_TEXT, Encoder, load_encoder
+from lightning_namo.gpt2.data.module import TextDataModule
+from lightning_namo.gpt2.data.prepare import prepare
 
 pytest.importorskip("tiktoken")
 pytest.importorskip("pyarrow")
@@ -239,12 +239,12 @@ def test_the_documents_held_out_are_those_of_nanogpt(count: int, fraction: float
 
 CHILD = """
 import os, signal, sys
-from lightning_namo.gpt2 import documents, encoding, parts
-from lightning_namo.gpt2.prepare import prepare
+from lightning_namo.gpt2.data import documents, encoding, tokenize
+from lightning_namo.gpt2.data.prepare import prepare
 
-documents.SPAN, parts.PART = 300, 1000
+documents.SPAN, tokenize.PART = 300, 1000
 cls, method, calls, texts, out, tokenizer, num_proc = sys.argv[1:]
-cls, calls = {"Encoder": encoding.Encoder, "tqdm": parts.tqdm}[cls], int(calls)
+cls, calls = {"Encoder": encoding.Encoder, "tqdm": tokenize.tqdm}[cls], int(calls)
 original = getattr(cls, method)
 
 def counted(self, *args):
@@ -262,7 +262,7 @@ prepare([texts], out, tokenizer=None if tokenizer == "train" else tokenizer, voc
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents, "SPAN", 300)
-    monkeypatch.setattr(parts, "PART", 1000)
+    monkeypatch.setattr(tokenize, "PART", 1000)
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -276,13 +276,13 @@ def _finished(folder: Path) -> list[str]:
 def _count_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Numbers of the parts that this process encodes from now on."""
     encoded: list[int] = []
-    encode = parts.Job.encode
+    encode = tokenize.Job.encode
 
-    def counted(job: parts.Job, part: parts.Part) -> int:
+    def counted(job: tokenize.Job, part: tokenize.Part) -> int:
         encoded.append(part.number)
         return encode(job, part)
 
-    monkeypatch.setattr(parts.Job, "encode", counted)
+    monkeypatch.setattr(tokenize.Job, "encode", counted)
     return encoded
 
 
@@ -339,10 +339,10 @@ class Killed(Encoder):
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_with_what_to_do(gpt2: Encoder, tmp_path: Path) -> None:
     _jsonl(tmp_path / "texts", TEXTS)
-    job = parts.Job(tmp_path, Killed(gpt2.tokenizer, "gpt2"), documents.choose(60, 0.1, 0), "text")
-    plan = parts.plan(documents.scan([tmp_path / "texts.jsonl"], "text"))
+    job = tokenize.Job(tmp_path, Killed(gpt2.tokenizer, "gpt2"), documents.choose(60, 0.1, 0), "text")
+    plan = tokenize.plan(documents.scan([tmp_path / "texts.jsonl"], "text"))
     with pytest.raises(RuntimeError, match=r"One of them was killed.*: the same command goes on with what is finished"):
-        parts.encode_parts(job, plan, num_proc=2)
+        tokenize.encode_parts(job, plan, num_proc=2)
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_parts_make_no_difference(vocabulary: str, tmp_path: Path, monkeypatch: 
     encoded = _count_parts(monkeypatch)
     prepare([str(tmp_path)], str(tmp_path / "many"), tokenizer=vocabulary)
     assert len(encoded) > 5
-    monkeypatch.setattr(parts, "PART", 2**25)
+    monkeypatch.setattr(tokenize, "PART", 2**25)
     encoded.clear()
     prepare([str(tmp_path / "texts.parquet")], str(tmp_path / "one"), tokenizer=vocabulary)
     assert encoded == [0]
@@ -368,17 +368,17 @@ def test_parts_are_kept_for_the_same_files_and_settings_only(
 ) -> None:
     _jsonl(tmp_path / "texts", TEXTS)
     file, out = tmp_path / "texts.jsonl", tmp_path / "out"
-    full = parts.Job.encode
+    full = tokenize.Job.encode
 
-    def interrupted(job: parts.Job, part: parts.Part) -> int:
+    def interrupted(job: tokenize.Job, part: tokenize.Part) -> int:
         if part.number == 3:
             raise KeyboardInterrupt
         return full(job, part)
 
-    monkeypatch.setattr(parts.Job, "encode", interrupted)
+    monkeypatch.setattr(tokenize.Job, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare([str(file)], str(out), tokenizer=vocabulary)
-    monkeypatch.setattr(parts.Job, "encode", full)
+    monkeypatch.setattr(tokenize.Job, "encode", full)
     assert _finished(out) == ["000000.json", "000001.json", "000002.json"]
     (out / "partial" / ".000003.train.0123").write_bytes(b"left by a killed process")
     (out / "partial" / "mine.md").write_text("somebody's own")

@@ -8,7 +8,7 @@ import torch
 import toy
 
 from lightning_namo import NAMO, OptimizerCallback
-from lightning_namo.run_card import RunCard
+from lightning_namo.integration.run_card import RunCard
 
 
 @pytest.mark.parametrize("optimizer", [NAMO, torch.optim.AdamW])

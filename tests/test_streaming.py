@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from lightning_namo.cli import main
-from lightning_namo.gpt2.streaming import StreamingTextDataModule
+from lightning_namo.gpt2.data.streaming import StreamingTextDataModule
 from tests.distributed.launch import run_ranks
 
 needs_litdata = pytest.mark.skipif(

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from forked import run_python
 
-from lightning_namo.sweep import sweep
+from lightning_namo.cli.sweep import sweep
 
 ROOT = Path(__file__).parents[1]
 GRID = {

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 import lightning_namo
-from lightning_namo.checks import check_checkpoint
 from lightning_namo.cli import NamoCLI, main
+from lightning_namo.cli.validation import check_checkpoint
 
 pytestmark = pytest.mark.usefixtures("kept_parsers")
 
@@ -135,18 +135,18 @@ NO_NUMBER = ["xyz", [0.1], {"a": 1}, True, math.nan, math.inf, -math.inf, 10**40
 NO_FLOAT = [*NO_NUMBER, -1, -1e-9, None]
 NO_UNIT = [*NO_FLOAT, 1, 1.5, 7]
 WRONG: dict[str, list[Any]] = {  # by annotation
-    "NonNegativeFloat": NO_FLOAT,
-    "HalfOpenUnit": NO_UNIT,
+    "types.NonNegativeFloat": NO_FLOAT,
+    "types.HalfOpenUnit": NO_UNIT,
     "bool": [0, 1, "xyz", [], {}, None, 0.5, [True], math.nan],
-    "PositiveInt": [*(value for value in NO_FLOAT if value != 10**400), 0, 2.5, 1e-3],
+    "types.PositiveInt": [*(value for value in NO_FLOAT if value != 10**400), 0, 2.5, 1e-3],
     "Coefficients": ["xyz", 3, [], [1, 2], [1, 2, "a"], [[1, 2, 3]] * 9, {"a": 1}, [math.nan] * 3, None, True, [None]],
     "Method": ["qr", 0, [], ["svd"], None, {}, True],
     "MomentumDtype | None": ["float16", "xyz", 0, [], {}, True],
-    "PositiveFloat | None": [*NO_NUMBER, 0, -1],
-    "ClosedUnitInterval | None": [*NO_NUMBER, -0.1, 1.0001],
-    "NonNegativeFloat | None": [*NO_NUMBER, -1],
+    "types.PositiveFloat | None": [*NO_NUMBER, 0, -1],
+    "types.ClosedUnitInterval | None": [*NO_NUMBER, -0.1, 1.0001],
+    "types.NonNegativeFloat | None": [*NO_NUMBER, -1],
     "Decay": ["xyz", 0, [], None, "LR", {}, True],
-    "tuple[HalfOpenUnit, HalfOpenUnit]": [
+    "tuple[types.HalfOpenUnit, types.HalfOpenUnit]": [
         0.9,
         [0.9],
         [0.9, 0.9, 0.9],
@@ -159,18 +159,18 @@ WRONG: dict[str, list[Any]] = {  # by annotation
     ],
 }
 RIGHT: dict[str, st.SearchStrategy[Any]] = {
-    "NonNegativeFloat": st.floats(0, 10),
-    "HalfOpenUnit": st.floats(0, 0.5) | st.just(0),
+    "types.NonNegativeFloat": st.floats(0, 10),
+    "types.HalfOpenUnit": st.floats(0, 0.5) | st.just(0),
     "bool": st.booleans(),
-    "PositiveInt": st.integers(1, 9),
+    "types.PositiveInt": st.integers(1, 9),
     "Coefficients": st.sampled_from(["quintic", "polar_express", [3.0, -4, 2.0]]),
     "Method": st.sampled_from(["newton_schulz", "svd"]),
     "MomentumDtype | None": st.sampled_from(["float32", "bfloat16", None]),
-    "PositiveFloat | None": st.floats(1e-3, 10) | st.none(),
-    "ClosedUnitInterval | None": st.floats(0, 1) | st.none(),
-    "NonNegativeFloat | None": st.floats(0, 10) | st.none(),
+    "types.PositiveFloat | None": st.floats(1e-3, 10) | st.none(),
+    "types.ClosedUnitInterval | None": st.floats(0, 1) | st.none(),
+    "types.NonNegativeFloat | None": st.floats(0, 10) | st.none(),
     "Decay": st.sampled_from(["adaptive", "lr"]),
-    "tuple[HalfOpenUnit, HalfOpenUnit]": st.lists(st.floats(0, 0.99), min_size=2, max_size=2),
+    "tuple[types.HalfOpenUnit, types.HalfOpenUnit]": st.lists(st.floats(0, 0.99), min_size=2, max_size=2),
 }
 
 

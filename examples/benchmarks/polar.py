@@ -4,7 +4,7 @@
 
 The package chooses by FLOPs (`lightning_namo.orthogonalize.newton_schulz_flops`), which are the same on all ranks. The
 ways take turns in each round; times are the least of the rounds, per matrix. "chosen" is marked with a star. Last comes
-what the Gram square takes as `_symmetric` computes it (on CPUs by blocks from 768 on), over one plain product.
+what the Gram square takes as `symmetric_product` computes it (on CPUs by blocks from 768 on), over one plain product.
 """
 
 from __future__ import annotations
@@ -18,14 +18,11 @@ from typing import Any
 
 import torch
 
-from lightning_namo.orthogonalize import (
-    _flops,
-    _iterate,
-    _lengths,
-    _symmetric,
-    iteration_dtype,
-    newton_schulz_polynomials,
-)
+from lightning_namo.polar.coefficients import newton_schulz_polynomials
+from lightning_namo.polar.cost import flops, segment_lengths
+from lightning_namo.polar.iteration_dtype import iteration_dtype
+from lightning_namo.polar.newton_schulz import _iterate
+from lightning_namo.polar.symmetric import symmetric_product
 from lightning_namo.workspace import Workspace
 
 WAYS = {"on the matrix": (1, 1, 1, 1, 1), "2 + 1 + 2": (2, 1, 2), "3 + 2": (3, 2)}
@@ -60,7 +57,7 @@ def seconds(batch: torch.Tensor, rounds: int) -> dict[str, float]:
 def symmetric_over_plain(batch: torch.Tensor, rounds: int) -> float:
     """What the Gram square takes over one plain product."""
     square = batch.new_empty(len(batch), batch.shape[-1], batch.shape[-1])
-    ways = {"symmetric": partial(_symmetric, batch.mT, batch, out=square)}
+    ways = {"symmetric": partial(symmetric_product, batch.mT, batch, out=square)}
     ways["plain"] = partial(torch.bmm, batch.mT, batch, out=square)
     least = fastest(ways, rounds)
     return least["symmetric"] / least["plain"]
@@ -84,11 +81,11 @@ def main() -> None:
     for short in args.short:
         for ratio in args.ratios:
             long = round(short * ratio)
-            chosen = _lengths(polynomials, short, long)
+            chosen = segment_lengths(polynomials, short, long)
             batch = torch.randn(args.batch, long, short, device=device, dtype=dtype)
             cells = []
             for way, least in seconds(batch, args.rounds).items():
-                rate = _flops(short, long, WAYS[way]) / least / 1e12
+                rate = flops(short, long, WAYS[way]) / least / 1e12
                 cells.append(f"{way} {1e3 * least:7.2f} ({rate:.2f}){'*' if WAYS[way] == chosen else ' '}")
             cells.append(f"Gram square {symmetric_over_plain(batch, args.rounds):.2f}")
             print(f"{long:5} x {short:<5}", "  ".join(cells))

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lightning_namo import NAMO, build_optimizer
-from lightning_namo.estimate import Estimate, Rates, estimate
-from lightning_namo.forecast import MODELS, build_model
-from lightning_namo.grid import Grid
+from lightning_namo.planning.cost_model import Estimate, Rates, estimate
+from lightning_namo.planning.models import MODELS, build_model
+from lightning_namo.planning.simulated_mesh import Grid
 
 LAYOUTS = ("fsdp2", "hsdp", "ddp")
 BEGIN, END = "<!-- tables: examples/benchmarks/scale_notes.py -->", "<!-- end of tables -->"

@@ -35,9 +35,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_namo import split_parameters
-from lightning_namo.base import OrthogonalizedOptimizer
-from lightning_namo.forecast import table
 from lightning_namo.gpt2.model import GPT2, GPT2Config
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.planning.report import table
 
 SHAPES = {"block": (3, 768), "small": (12, 768), "medium": (24, 1024), "large": (36, 1280)}  # blocks, width
 BASE = "torch.optim.Muon"  # of the figure's ratios

@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_namo import NAMO, NAMOD, Muon, build_optimizer, clip_gradients
-from lightning_namo.forecast import table
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import cross_entropy
+from lightning_namo.planning.report import table
 
 GOAL = 4.0  # % over AdamW at most, at
 GOAL_TOKENS = 480 * 1024  # a step, arXiv 2602.17080

@@ -7,11 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_namo.consolidate import check_output, replacing
+from lightning_namo import types
+from lightning_namo.atomic_io import check_output, replacing
+from lightning_namo.gpt2.data.encoding import END_OF_TEXT
+from lightning_namo.gpt2.load import EMBEDDING, HEAD, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import GPT2
-from lightning_namo.gpt2.prepare import END_OF_TEXT
-from lightning_namo.gpt2.trained import EMBEDDING, HEAD, Vocabulary, find_vocabulary, load_network
-from lightning_namo.types import PositiveInt
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Weights of a block that transformers keeps as `(in, out)`, in its Conv1D."""
@@ -25,7 +25,7 @@ def export(
     out_dir: str,
     to: Literal["hf"] = "hf",
     data_dir: str | None = None,
-    vocab_size: PositiveInt | None = None,
+    vocab_size: types.PositiveInt | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint of a GPT2Module as a folder for `GPT2LMHeadModel.from_pretrained` of transformers.

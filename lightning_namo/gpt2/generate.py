@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_namo import types
+from lightning_namo.gpt2.load import GPT2_TOKENS, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import sample
-from lightning_namo.gpt2.trained import GPT2_TOKENS, Vocabulary, find_vocabulary, load_network
-from lightning_namo.types import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 
 def generate(
     ckpt_path: str,
     prompt: str,
-    max_new_tokens: PositiveInt = 64,
-    temperature: NonNegativeFloat = 0.8,
-    top_k: PositiveInt | None = 50,
-    seed: NonNegativeInt = 0,
+    max_new_tokens: types.PositiveInt = 64,
+    temperature: types.NonNegativeFloat = 0.8,
+    top_k: types.PositiveInt | None = 50,
+    seed: types.NonNegativeInt = 0,
     data_dir: str | None = None,
-    vocab_size: PositiveInt | None = None,
+    vocab_size: types.PositiveInt | None = None,
 ) -> str:
     """Continue a text with the network of a checkpoint of a GPT2Module, on the CPU.
 

@@ -1,5 +1,7 @@
 """GPT-2 as a LightningModule: loss, perplexity, FLOPs. The optimizer comes from a callback."""
 
+from __future__ import annotations
+
 from dataclasses import replace
 from functools import lru_cache
 
@@ -8,13 +10,13 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_namo.clipping import ClipsGradients
-from lightning_namo.exchange import mean_over_ranks
-from lightning_namo.gpt2.data import TextDataModule, data_parallel
-from lightning_namo.gpt2.loaders import IGNORED, Batch
+from lightning_namo import types
+from lightning_namo.gpt2.data.loaders import IGNORED, Batch
+from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import shard
-from lightning_namo.types import HalfOpenUnit, PositiveInt
+from lightning_namo.integration.lightning_clipping import ClipsGradients
+from lightning_namo.sharding.process_group import mean_over_ranks
 
 VOCABULARY_MULTIPLE = 64
 """A GPT-2's vocabulary is the data's, rounded up to a multiple of this, which matrix products are faster on."""
@@ -65,16 +67,16 @@ class GPT2Module(ClipsGradients):
 
     def __init__(
         self,
-        vocab_size: PositiveInt = 50304,
-        block_size: PositiveInt = 1024,
-        n_layer: PositiveInt = 12,
-        n_head: PositiveInt = 12,
-        n_embd: PositiveInt = 768,
+        vocab_size: types.PositiveInt = 50304,
+        block_size: types.PositiveInt = 1024,
+        n_layer: types.PositiveInt = 12,
+        n_head: types.PositiveInt = 12,
+        n_embd: types.PositiveInt = 768,
         bias: bool = False,
-        dropout: HalfOpenUnit = 0.0,
+        dropout: types.HalfOpenUnit = 0.0,
         activation_checkpointing: bool = False,
         compile: bool = False,
-        replicas: PositiveInt = 1,
+        replicas: types.PositiveInt = 1,
         gather_bf16: bool = True,
     ) -> None:
         super().__init__()

@@ -1,5 +1,7 @@
 """A GPT-2 over the ranks of a device mesh: FSDP2, HSDP and tensor parallelism, in any combination."""
 
+from __future__ import annotations
+
 from datetime import timedelta
 from typing import Literal
 
@@ -13,8 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import linear
 
+from lightning_namo import types
 from lightning_namo.gpt2.model import GPT2, Block
-from lightning_namo.types import PositiveInt
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -36,8 +38,8 @@ class MeshStrategy(ModelParallelStrategy):
 
     def __init__(
         self,
-        data_parallel_size: Literal["auto"] | PositiveInt = "auto",
-        tensor_parallel_size: PositiveInt = 1,
+        data_parallel_size: Literal["auto"] | types.PositiveInt = "auto",
+        tensor_parallel_size: types.PositiveInt = 1,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,

@@ -1,5 +1,7 @@
 """Callbacks that say how fast a GPT-2 trains and what came of it."""
 
+from __future__ import annotations
+
 import time
 from typing import Any
 
@@ -11,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_namo.gpt2.data import TextDataModule, data_parallel
-from lightning_namo.gpt2.loaders import Batch
+from lightning_namo import types
+from lightning_namo.gpt2.data.loaders import Batch
+from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
 from lightning_namo.gpt2.model import sample
 from lightning_namo.gpt2.module import GPT2Module
-from lightning_namo.types import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 
 class TokenThroughput(ThroughputMonitor):
@@ -36,7 +38,7 @@ class TokenThroughput(ThroughputMonitor):
         ValueError: `window_size` below 2.
     """
 
-    def __init__(self, window_size: PositiveInt = 20, peak_flops: PositiveFloat | None = None) -> None:
+    def __init__(self, window_size: types.PositiveInt = 20, peak_flops: types.PositiveFloat | None = None) -> None:
         if window_size < 2:
             raise ValueError(f"Expected window_size of at least 2. Got {window_size}.")
         super().__init__(batch_size_fn=_sequences, window_size=window_size)
@@ -79,10 +81,10 @@ class RunSummary(Callback):
     def __init__(
         self,
         prompt: str = "My fellow Americans",
-        sample_tokens: NonNegativeInt = 60,
-        temperature: NonNegativeFloat = 0.8,
-        top_k: PositiveInt | None = 50,
-        seed: NonNegativeInt = 0,
+        sample_tokens: types.NonNegativeInt = 60,
+        temperature: types.NonNegativeFloat = 0.8,
+        top_k: types.PositiveInt | None = 50,
+        seed: types.NonNegativeInt = 0,
     ) -> None:
         self.prompt = prompt
         self.sample_tokens = sample_tokens

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMOD, OptimizerCallback
-from lightning_namo.consolidate import consolidate, read_checkpoint
+from lightning_namo.checkpoint.consolidate import consolidate, read_checkpoint
 from lightning_namo.gpt2.export import export
 from lightning_namo.gpt2.generate import generate
+from lightning_namo.gpt2.load import load_network
 from lightning_namo.gpt2.module import GPT2Module
-from lightning_namo.gpt2.trained import load_network
 from tests.distributed.launch import run_ranks
 from tests.distributed.test_checkpoints import FullFSDPStrategy, checkpoint, model_parallel, run_cases
 from tests.distributed.test_strategies import CPUFSDPStrategy

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_namo import OptimizerCallback
-from lightning_namo.callbacks import SaveOnSigterm
+from lightning_namo.integration.preemption import SaveOnSigterm
 from tests.distributed.job import AT, EVERY, LAST, STEPS, command, finish, losses, run_agents, run_ranks, succeed
 from tests.distributed.launch import WorkerError
 from tests.distributed.launch import run_ranks as run_workers

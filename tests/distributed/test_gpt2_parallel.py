@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from lightning_namo.cli import main
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
-from lightning_namo.regions import local_tensor
+from lightning_namo.sharding.local import local_tensor
 from tests.distributed.launch import run_ranks
 from tests.distributed.worker import clean
 

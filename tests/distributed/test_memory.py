@@ -13,7 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import profile
 
 from lightning_namo import NAMO
-from lightning_namo.orthogonalize import iteration_dtype
+from lightning_namo.polar.iteration_dtype import iteration_dtype
 from tests.distributed.launch import run_ranks
 from tests.iteration import ITERATIONS, iterating_in
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
-from lightning_namo.base import OrthogonalizedOptimizer
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients, whole
 from tests.iteration import iterating_in
 

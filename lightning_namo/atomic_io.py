@@ -1,0 +1,85 @@
+"""Files and folders that are there whole or not at all, and what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+
+def check_output(path: Path, overwrite: bool) -> None:
+    """Raise a ValueError if something is where a command is to write, unless it may overwrite that."""
+    if path.exists() and not overwrite:
+        raise ValueError(f"Expected a new path to write to. Got {path}, which exists. To replace it: --overwrite true")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write a file or a folder to; once that is complete it takes the place of another one.
+
+    Args:
+        path: Where it is to be; folders above it are made.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}") for _ in range(2))
+    try:
+        yield new
+        if path.is_dir():  # which a rename does not replace
+            os.replace(path, old)
+        os.replace(new, path)
+    finally:
+        for leftover in (new, old):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            leftover.unlink(missing_ok=True)
+
+
+BLOCK = 2**20  # bytes to read at a time
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that takes its place only when it is complete; until then its name starts with a dot."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def blocks(path: Path) -> Iterator[bytes]:
+    """Yield what a file holds, block by block."""
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            yield block
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for block in blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; None if it is missing, cut short or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))

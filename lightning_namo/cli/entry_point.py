@@ -1,0 +1,86 @@
+"""The program: `lightning-namo`, its errors and its end."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jsonargparse import auto_cli
+from jsonargparse.typing import register_type
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lightning_namo import types
+from lightning_namo.cli.commands import COMMANDS, LEADING, PROGRAM
+from lightning_namo.cli.lightning_cli import NamoCLI
+from lightning_namo.sharding.process_group import initialized, leave
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; wrong input ends it with one message and exit code 2.
+
+    Args:
+        args: The arguments after the program's name; None: this process's own.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    _pass_on_plain_numbers()
+    theirs, failed = initialized(), True
+    try:
+        # the longest, as `prepare openwebtext` is one too
+        name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default=None)
+        if name is not None:
+            options = arguments[len(name.split()) :]
+            if name in LEADING and options and not options[0].startswith("-"):
+                options = [f"--{LEADING[name]}", *options]
+            result = auto_cli(COMMANDS[name], args=options, as_positional=False, prog=f"{PROGRAM} {name}")
+            print(result if isinstance(result, str) else json.dumps(result, indent=2))
+        else:
+            NamoCLI(arguments)
+        failed = False
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        complaint = _complaint(error)
+        if complaint is None:
+            raise
+        print(f"{PROGRAM}: error: {complaint}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if not theirs:
+            leave(failed)
+
+
+def _pass_on_plain_numbers() -> None:
+    """Let jsonargparse check numbers against ranges, and pass on int and float.
+
+    Else it passes on its own number types, by way of constructors they reach a checkpoint (a learning rate, a seed),
+    and no checkpoint with them can be loaded: ``weights_only`` refuses their types.
+    """
+    for name in types.__all__:
+        restricted = getattr(types, name)
+        base = int if issubclass(restricted, int) else float
+        plain = functools.partial(_plain, restricted, base)
+        register_type(
+            restricted, base, plain, type_check=lambda value, restricted: False, fail_already_registered=False
+        )
+
+
+def _plain(restricted: Callable[[Any], Any], base: Callable[[Any], Any], value: Any) -> Any:
+    try:
+        return base(restricted(value))
+    except OverflowError as error:  # the parser adds the option's name to a ValueError
+        raise ValueError(str(error)) from error
+
+
+def _complaint(error: BaseException) -> str | None:
+    """What this package or Lightning says of a wrong input, somewhere in a chain of errors; None: not about input."""
+    link: BaseException | None = error
+    while link is not None:
+        frames = [frame for frame, _ in traceback.walk_tb(link.__traceback__)]
+        package = str(frames[-1].f_globals.get("__name__")).partition(".")[0] if frames else ""
+        about_input = isinstance(link, ValueError | FileNotFoundError | MisconfigurationException)
+        if about_input and package in ("lightning_namo", "lightning"):
+            return str(link)
+        link = link.__cause__ or link.__context__
+    return None

@@ -1,0 +1,248 @@
+"""Checks of the command line's input before anything is built or written: what its parser lets pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import inspect
+import math
+import os
+import pickle
+import pydoc
+import socket
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from lightning_namo.gpt2.data.module import TextDataModule
+from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.integration.build import make_optimizer
+from lightning_namo.integration.optimizer_callback import OptimizerCallback
+from lightning_namo.optim.schedules import WarmupStableDecay
+from lightning_namo.routing.split import split_parameters
+
+_REFUSALS = (ArithmeticError, RuntimeError, TypeError, ValueError)  # what constructors raise for their arguments
+_KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in place of the path of a checkpoint
+_MOST_VALUES = 100_000  # of a config; the parser copies them many times
+_SHARDED = ("meta.pt", ".metadata", "checkpoint")  # in the folder of a checkpoint of FSDP, FSDP2 or DeepSpeed
+
+
+def check_config(config: str) -> None:
+    """Refuse a config that is no text or no mapping, names a key twice, or contains itself.
+
+    YAML's other errors are left to the parser, which names the line.
+
+    Args:
+        config: A file, or YAML.
+
+    Raises:
+        ValueError: If it is such a one.
+    """
+    is_file = os.path.isfile(config)
+    name = config if is_file else "the config on the command line"
+    try:
+        if is_file:
+            with open(config, encoding="utf-8") as file:
+                text = file.read()
+        root = yaml.compose(text if is_file else config, Loader=yaml.SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"Expected {name} to be a text in UTF-8. Got: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"Expected {name} to be nested less deeply.") from error
+    except yaml.YAMLError:
+        return
+    if is_file and not isinstance(root, yaml.MappingNode):
+        got = "an empty file" if root is None else f"{root.value!r:.60}"
+        raise ValueError(f"Expected {name} to be a mapping of sections (model:, data:, optim:, trainer:). Got {got}.")
+    if (size := _check_node(name, root, (), {})) > _MOST_VALUES:
+        raise ValueError(f"Expected {name} to have at most {_MOST_VALUES} values. Its aliases make {size} of them.")
+
+
+def _check_node(name: str, node: Any, above: tuple[Any, ...], sizes: dict[Any, int]) -> int:
+    """How many values a node has, aliases written out."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    line = node.start_mark.line + 1
+    if node in above:
+        raise ValueError(f"Expected no anchor in {name} to contain itself. Got one in line {line}.")
+    if node in sizes:
+        return sizes[node]
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise ValueError(
+                    f"Expected each key of {name} once. Got {key!r} {count} times in the mapping that begins in line "
+                    f"{line}."
+                )
+        children = [child for pair in node.value for child in pair]
+    sizes[node] = 1 + sum(_check_node(name, child, (*above, node), sizes) for child in children)
+    return sizes[node]
+
+
+def check_sections(sections: Namespace) -> None:
+    """Refuse what no constructor of the sections can mean, and the parser lets pass: nulls, and no section at all.
+
+    Raises:
+        ValueError: With the name of the option.
+    """
+    for key in ("trainer", "optim", "model", "data"):
+        if not isinstance(sections.get(key), Namespace):
+            raise ValueError(f"Expected options under {key}:. Got {sections.get(key)!r}.")
+    for key in ("optimizer", "adamw", "orthogonalize", "adopt_state"):
+        if sections.optim.get(key) is None:
+            raise ValueError(f"Expected --optim.{key} to have a value. Got null.")
+    for key in ("optimizer", "schedule"):
+        section = sections.optim.get(key)
+        for option in _nulls(section) if isinstance(section, Namespace) else ():
+            raise ValueError(f"Expected --optim.{key}.{option} to have a value. Got null.")
+    for glob in sections.optim.get("blocks") or ():
+        if not isinstance(glob, str):
+            raise ValueError(f"Expected the keys of --optim.blocks to be globs over parameter names. Got {glob!r}.")
+
+
+def _nulls(section: Namespace) -> Iterator[str]:
+    """Arguments that are None, of a class that has another default and says nothing of None."""
+    named = "class_path" in section  # WarmupStableDecay need not be
+    cls: Any = pydoc.locate(section.class_path) if named else WarmupStableDecay
+    parameters = inspect.signature(cls).parameters
+    for option, value in ((section.get("init_args") or {}) if named else section).items():
+        parameter = parameters.get(option)
+        if value is None and parameter is not None and parameter.default is not None:
+            annotation = str(parameter.annotation)
+            if "None" not in annotation and "Optional" not in annotation:
+                yield option
+
+
+def check_data(model: LightningModule, data: LightningDataModule) -> None:
+    """Refuse to train a module on the recipes' text where it has training data of its own.
+
+    Raises:
+        ValueError: That says how to name data.
+    """
+    if isinstance(data, TextDataModule) and is_overridden("train_dataloader", model):
+        raise ValueError(
+            f"Expected one source of training data, but {type(model).__name__} has a train_dataloader and --data is "
+            "TextDataModule, as by default. Move the loaders into a LightningDataModule and name it: "
+            "--data my_package.MyData."
+        )
+
+
+def check_optimizer(optim: OptimizerCallback) -> None:
+    """Build the optimizer, and the schedule where it needs no run, on a matrix and a vector.
+
+    Raises:
+        ValueError: For what their constructors refuse, and for hyper-parameters that are not finite.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]):  # else the network would start from other numbers than under DDP
+            layer = nn.Linear(2, 2)
+        optimizer = make_optimizer(split_parameters(layer), optim.optimizer, optim.adopt_state)
+    except _REFUSALS as error:
+        raise ValueError(f"Expected --optim.optimizer to make an optimizer. Got: {error}") from error
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if key != "params" and not all(math.isfinite(number) for number in _numbers(value)):
+                raise ValueError(f"Expected --optim.optimizer to get finite numbers. Got {key}={value}.")
+    if optim.schedule is None or (isinstance(optim.schedule, WarmupStableDecay) and optim.schedule.needs_total_steps):
+        return
+    try:
+        optim.schedule(optimizer)
+    except _REFUSALS as error:
+        raise ValueError(f"Expected --optim.schedule to make a schedule. Got: {error}") from error
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _numbers(item)
+
+
+def check_port(trainer: Trainer) -> None:
+    """Refuse a port for the processes to meet at that is taken: found out later, it leaves the others waiting.
+
+    torchrun looks for itself: its agents meet there before they start any process.
+
+    Raises:
+        ValueError: On the first process, with the port.
+    """
+    environment = trainer.strategy.cluster_environment if isinstance(trainer.strategy, ParallelStrategy) else None
+    if environment is None or isinstance(environment, TorchElasticEnvironment):
+        return
+    if trainer.world_size == 1 or trainer.global_rank > 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", environment.main_port))  # without listening, which the others would take for the first one
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise ValueError(
+                f"Expected port {environment.main_port}, where the processes are to meet, to be free. Got one that "
+                "another process listens on: set MASTER_PORT to another or, on one node, leave it out; if it is an "
+                "earlier run's, wait for that to end."
+            ) from error
+
+
+def check_routing(optim: OptimizerCallback, module: LightningModule) -> None:
+    """Route the parameters, where the module has them before its hooks: a glob that matches nothing is an error.
+
+    Raises:
+        ValueError: As `split_parameters`.
+    """
+    network: nn.Module = module
+    if type(module) is GPT2Module:
+        with torch.device("meta"):  # only names and shapes
+            network = GPT2Module(**dataclasses.asdict(module.config))
+            network.configure_model()
+    elif is_overridden("configure_model", module) or is_overridden("setup", module):
+        return
+    split_parameters(network, adamw=optim.adamw, orthogonalize=optim.orthogonalize, blocks=optim.blocks)
+
+
+def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
+    """Refuse a path that holds no checkpoint, or half of one.
+
+    Args:
+        path: A file, a folder, an address or one of Lightning's keywords; None: nothing is to be loaded.
+
+    Raises:
+        ValueError: With the path and what is wrong with it.
+    """
+    if path is None or "://" in str(path) or str(path).partition(":")[0] in _KEYWORDS:
+        return
+    expected = f"Expected --ckpt_path to be a whole checkpoint of Lightning. Got {path}"
+    if not os.path.exists(path):
+        raise ValueError(f"{expected}, which does not exist.")
+    if os.path.isdir(path):
+        if not _any_in(path, _SHARDED):
+            raise ValueError(f"{expected}, a folder without {', '.join(_SHARDED[:-1])} or {_SHARDED[-1]}.")
+        return
+    is_zip = zipfile.is_zipfile(path)
+    try:
+        checkpoint = torch.load(path, map_location="meta", mmap=is_zip, weights_only=True)
+    except (EOFError, OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        if is_zip and isinstance(error, pickle.UnpicklingError):
+            return  # objects of the user's own: --weights_only says whether they are loaded
+        reason = f"of {os.path.getsize(path)} bytes: {type(error).__name__}"
+        raise ValueError(f"{expected}, cut short or another kind of file ({reason}).") from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{expected}, which has no state_dict in it.")
+
+
+def _any_in(folder: str | os.PathLike[str], names: Iterable[str]) -> bool:
+    return any(os.path.exists(os.path.join(folder, name)) for name in names)

@@ -1,0 +1,115 @@
+"""From a module to its optimizer, for Fabric and plain PyTorch: imports no Lightning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_namo.checkpoint.numbering import number_by_module
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.routing.split import ParameterGroups, split_parameters
+
+Globs: TypeAlias = str | Sequence[str]
+Blocks: TypeAlias = Mapping[str, int | Sequence[int]]
+AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
+
+
+def build_optimizer(
+    module: nn.Module,
+    cls: Callable[..., AnyOptimizer],
+    *,
+    adamw: Globs = (),
+    orthogonalize: Globs = (),
+    blocks: Blocks | None = None,
+    adopt_state: bool = False,
+    **hyper: Any,
+) -> AnyOptimizer:
+    """Split a module's parameters and build an optimizer over them.
+
+    With Fabric and FSDP2 build it after the model is sharded: ``model = fabric.setup_module(model)``, then
+    ``optimizer = build_optimizer(model, NAMO)``, then ``fabric.setup_optimizers(optimizer)``.
+
+    Args:
+        module: Whose parameters to train, as the strategy left it (wrapped or sharded).
+        cls: `NAMO`, `NAMOD`, `Muon`, `AdaMuon`, or any callable from parameter groups to an optimizer.
+        adamw: Globs over parameter names that take AdamW whatever the routing says.
+        orthogonalize: Globs over parameter names that are matrices whatever the routing says.
+        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        adopt_state: Whether to go on from a checkpoint of another optimizer (AdamW, Muon, ...): the momentum and the
+            state of AdamW's parameters are taken over, all else starts anew, and a warning says what. Not for runs
+            that resume their own checkpoint.
+        **hyper: Hyper-parameters of ``cls``.
+
+    Returns:
+        One optimizer over all trainable parameters.
+
+    Raises:
+        ValueError: For globs that match nothing or contradict each other, no matrix, hyper-parameters out of range, and
+            under DeepSpeed.
+    """
+    check_callable("build_optimizer", cls)
+    check_strategy(module)
+    groups = split_parameters(module, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
+    return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
+
+
+def check_callable(function: str, cls: object) -> None:
+    """Raise a TypeError for what cannot make an optimizer."""
+    if not callable(cls):
+        raise TypeError(f"{function}: expected an optimizer class, as NAMOD, but got {cls!r}.")
+
+
+def check_strategy(module: nn.Module) -> None:
+    """Raise under DeepSpeed, for a LightningModule in a Trainer or a module that Fabric has set up.
+
+    Raises:
+        ValueError: With the strategies to use.
+    """
+    trainer = getattr(module, "_trainer", None)
+    strategy = getattr(module, "_strategy", None) if trainer is None else trainer.strategy
+    if any(cls.__name__ == "DeepSpeedStrategy" for cls in strategy.__class__.__mro__):  # Fabric's or the Trainer's
+        raise ValueError(
+            "Expected a strategy that gives the optimizer matrices or shards of them, but got DeepSpeedStrategy: "
+            "DeepSpeed flattens parameters, and no matrix in them can be orthogonalized. Use FSDPStrategy or "
+            "ModelParallelStrategy (FSDP2), which shard as much."
+        )
+
+
+def make_optimizer(
+    groups: ParameterGroups, make: Callable[[ParameterGroups], AnyOptimizer], adopt_state: bool = False
+) -> AnyOptimizer:
+    """Build the optimizer; groups of one that knows no matrices (torch.optim.AdamW) lose the keys about them.
+
+    Raises:
+        ValueError: If it is to take over another optimizer's state and is none of this package.
+    """
+    optimizer = make(groups)
+    optimizer.routing = str(groups)  # type: ignore[attr-defined]  # for the run card
+    if isinstance(optimizer, OrthogonalizedOptimizer):
+        optimizer.adopt_state = adopt_state
+        return optimizer
+    if adopt_state:
+        raise ValueError(
+            f"Expected adopt_state=True with NAMO, NAMOD, Muon or AdaMuon. Got {type(optimizer).__name__}."
+        )
+    if (module := groups.module()) is not None:
+        number_by_module(optimizer, module)
+    for group in optimizer.param_groups:
+        for key in ("orthogonalize", "transposed", "blocks"):
+            group.pop(key, None)
+    optimizer.register_load_state_dict_pre_hook(_refuse_ours)
+    return optimizer
+
+
+def _refuse_ours(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Refuse what torch would load, to miss its own keys in the next step."""
+    theirs = {group["algorithm"] for group in state_dict["param_groups"] if "algorithm" in group}
+    if theirs:
+        raise ValueError(
+            f"Expected a checkpoint of {type(optimizer).__name__}, but it is of {', '.join(sorted(theirs))}. Train on "
+            "with what it was trained with. Nothing was loaded."
+        )

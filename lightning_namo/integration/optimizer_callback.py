@@ -1,0 +1,194 @@
+"""The optimizer as a callback: for modules that cannot be edited, and from YAML."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LRSchedulerCallable
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_namo.integration.build import check_strategy, make_optimizer
+from lightning_namo.integration.configure import configured, wrapped
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.optim.namo import NAMO
+from lightning_namo.optim.schedules import WarmupStableDecay
+from lightning_namo.routing.split import split_parameters
+from lightning_namo.sharding.agreement import check_same
+
+
+class OptimizerCallback(pl.Callback):
+    """Trains the module with `NAMO` or another optimizer, in place of the module's own ``configure_optimizers``.
+
+    The module need not have one. Lightning refuses such a module before any hook of a callback runs; what it does do
+    first is to hand every callback the module's ``log``. This callback takes that moment to give the module its
+    ``configure_optimizers`` for the length of the fit. Where that is too subtle, call `attach` before ``fit``. The
+    learning rate follows the module's ``lr`` or ``learning_rate`` as with `optimize_with`.
+
+    Args:
+        optimizer: From parameter groups to an optimizer: a class such as `NAMOD` or ``torch.optim.AdamW``, or a
+            partial of one.
+        schedule: A `WarmupStableDecay`, or a callable from the optimizer to a scheduler; stepped every step.
+        adamw: Globs over parameter names that take AdamW whatever the routing says.
+        orthogonalize: Globs over parameter names that are matrices whatever the routing says.
+        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        adopt_state: Whether to go on from a checkpoint of another optimizer: see `build_optimizer`.
+
+    Raises:
+        RuntimeError: At the start of fit, if an optimizer's parameters are not the module's.
+        ValueError: At the start of fit, if the Trainer has two of these callbacks or DeepSpeedStrategy; on all ranks,
+            if their parameters differ.
+
+    Example:
+        >>> from functools import partial
+        >>> from lightning_namo import NAMOD
+        >>> trainer = pl.Trainer(callbacks=[OptimizerCallback(partial(NAMOD, lr=0.009))], logger=False)
+    """
+
+    def __init__(
+        self,
+        optimizer: Callable[[Any], Optimizer] = NAMO,
+        schedule: WarmupStableDecay | LRSchedulerCallable | None = None,
+        adamw: str | Sequence[str] = (),
+        orthogonalize: str | Sequence[str] = (),
+        blocks: Mapping[str, int | Sequence[int]] | None = None,
+        adopt_state: bool = False,
+    ) -> None:
+        super().__init__()
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.adamw = adamw
+        self.orthogonalize = orthogonalize
+        self.blocks = blocks
+        self.adopt_state = adopt_state
+        self._own: Any = None
+        self._skipped = self._checked = 0
+
+    def attach(self, module: pl.LightningModule) -> None:
+        """Give a module this callback's ``configure_optimizers``, until the fit ends.
+
+        It warns if the module has one itself, or another callback's, which does not come back.
+        """
+        if self._attached(module):
+            return
+        current = vars(module).get("configure_optimizers")
+        other = getattr(getattr(current, "func", None), "__self__", None)
+        if isinstance(other, OptimizerCallback):
+            other._detach(module)
+            rank_zero_warn(
+                f"OptimizerCallback replaces another OptimizerCallback that was attached to {type(module).__name__}. "
+                "Attach one to silence this."
+            )
+        elif is_overridden("configure_optimizers", module):
+            rank_zero_warn(
+                f"OptimizerCallback replaces the configure_optimizers of {type(module).__name__}. Remove one of the "
+                "two to silence this."
+            )
+        self._own = vars(module).get("configure_optimizers")
+        module.configure_optimizers = functools.partial(self._configure, module)  # type: ignore[method-assign]
+
+    def _attached(self, module: pl.LightningModule) -> bool:
+        current = vars(module).get("configure_optimizers")
+        return isinstance(current, functools.partial) and current.func == self._configure
+
+    def _detach(self, module: pl.LightningModule) -> None:
+        if self._attached(module):
+            del module.configure_optimizers
+            if self._own is not None:
+                module.configure_optimizers = self._own  # type: ignore[method-assign]
+
+    def _configure(self, module: pl.LightningModule) -> OptimizerLRScheduler:
+        check_strategy(module)
+        groups = split_parameters(
+            wrapped(module), adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks
+        )
+        parameters = zip(groups.names, groups.routes, strict=True)
+        check_same([(route.name, route.shape, p.dtype) for p, route in parameters])
+        return configured(module, groups, make_optimizer(groups, self.optimizer, self.adopt_state), self.schedule)
+
+    # Lightning assigns `callback.log = module.log` before it looks for the module's configure_optimizers.
+    @property
+    def log(self) -> Callable[..., None]:
+        """The module's ``log``, as in every callback."""
+        return self._log
+
+    @log.setter
+    def log(self, log: Callable[..., None]) -> None:
+        self._log = log
+        module = getattr(log, "__self__", None)
+        if isinstance(module, pl.LightningModule) and module.trainer.state.fn == TrainerFn.FITTING:
+            count = sum(isinstance(callback, OptimizerCallback) for callback in module.trainer.callbacks)  # type: ignore[attr-defined]
+            if count > 1:
+                raise ValueError(
+                    f"Expected one OptimizerCallback in the Trainer but got {count}, and each would configure the only "
+                    "optimizer. Remove all but one."
+                )
+            self.attach(module)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse DeepSpeed; compare the ranks' parameters, those that are there before `configure_model`.
+
+        With other parameters on one rank, DDP refuses to wrap the module without a name, and FSDP2 hangs in its first
+        forward pass.
+        """
+        if stage == "fit":
+            check_strategy(pl_module)
+            named = [(name, p) for name, p in pl_module.named_parameters() if not is_lazy(p)]
+            check_same([(name, tuple(p.shape), p.dtype) for name, p in named])
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse optimizers that would train nothing."""
+        theirs = {id(parameter) for parameter in pl_module.parameters()}
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                if any(id(parameter) not in theirs for parameter in group["params"]):
+                    raise RuntimeError(
+                        f"Expected the parameters of {type(optimizer).__name__} to be the module's, but its group "
+                        f"{group.get('name', '')!r} holds others, and training would change nothing in the module. "
+                        "Build the optimizer from the module after it is sharded."
+                    )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count from here: a checkpoint brings its own count."""
+        self._skipped, self._checked = _skipped_steps(trainer), trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Say when updates were left out."""
+        every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
+            self._report_skipped(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say it of the steps since the last report, too."""
+        self._report_skipped(trainer)
+
+    def _report_skipped(self, trainer: pl.Trainer) -> None:
+        skipped = _skipped_steps(trainer)
+        if skipped > self._skipped:
+            rank_zero_warn(
+                f"{skipped - self._skipped} updates of matrices or AdamW groups were left out since step "
+                f"{self._checked}: their gradients were not finite (or too large to square), or missing on a rank."
+            )
+        self._skipped, self._checked = skipped, trainer.global_step
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Give the module its own ``configure_optimizers`` back: no teardown follows."""
+        self._detach(pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the module its own ``configure_optimizers`` back."""
+        if stage == "fit":
+            self._detach(pl_module)
+
+
+def _skipped_steps(trainer: pl.Trainer) -> int:
+    return sum(o.skipped_steps() for o in trainer.optimizers if isinstance(o, OrthogonalizedOptimizer))

@@ -1,0 +1,250 @@
+"""NAMO and NAMO-D; each trains parameters that are not matrices with AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_namo import types
+from lightning_namo.optim import formulas
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.optim.formulas import Decay
+from lightning_namo.optim.groups import Params, adamw_defaults
+from lightning_namo.optim.ranges import POSITIVE_OR_NONE, RANGES, MomentumDtype, Range, check, choice, is_number
+from lightning_namo.polar.coefficients import Coefficients
+from lightning_namo.polar.orthogonalize import Method
+from lightning_namo.sharding.layout import Layout
+from lightning_namo.sharding.local import local_tensor
+
+
+class _AdaptiveScale(OrthogonalizedOptimizer):
+    """What NAMO and NAMO-D share: v, the second moment of the gradient's norms, and its hyper-parameters."""
+
+    adaptive = True
+    ranges: ClassVar[Mapping[str, Range]] = {**RANGES, "max_step": POSITIVE_OR_NONE, "decay": choice(*get_args(Decay))}
+
+    def _validate(self, group: dict[str, Any]) -> None:
+        super()._validate(group)
+        momentum, beta2 = group["momentum"], group["beta2"]
+        check(
+            momentum == 0 or momentum**2 < beta2,
+            type(self).__name__,
+            "beta2",
+            f"above momentum^2 = {momentum**2:g} (else the adaptive scale is unbounded)",
+            beta2,
+        )
+
+    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {"v": torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=parameter.device)}
+
+    def _start_from(self, states: list[dict[str, Any]]) -> None:
+        """The momentum counts as the gradient of a first step."""
+        entries, _, exchange = self._plan()
+        parts = [
+            entry.layout.sums_of_squares(
+                local_tensor(state["momentum_buffer"])[None], self.per_column, state["v"].dtype
+            )
+            * exchange.contributes(i)
+            for i, (entry, state) in enumerate(zip(entries, states, strict=True))
+        ]
+        totals = exchange.sum(torch.cat([part.flatten().to(exchange.device, torch.float64) for part in parts]))
+        split = torch.split(totals, [part.numel() for part in parts])
+        for entry, state, total in zip(entries, states, split, strict=True):
+            gradient, gradient_sq = state["momentum_buffer"], total.view(state["v"].shape).to(state["v"].dtype)
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+            formulas.update_momentum(gradient, state["momentum_buffer"], momentum=entry.group["momentum"])
+            first = torch.ones_like(state["step"])
+            _, v = self._step_size(entry.group, gradient_sq, gradient_sq, state["v"], first)
+            state["v"] = state["v"] if v is None else v
+            state["step"] = (total.sum() > 0).to(first.dtype)
+
+
+class NAMO(_AdaptiveScale):
+    r"""Muon's orthogonalized momentum, scaled by one adaptive number per matrix.
+
+    ::
+
+        M <- M + (1 - mu1)(G - M);   N = (1 - mu1) G + mu1 M  (nesterov) or M;   O = polar(N)
+        v <- mu2 v + (1 - mu2) ||G||_F^2
+        a  = lr sqrt(1 - mu2^t) / (1 - mu1^t) ||N||_F / (sqrt(v) + eps)
+        W <- W (1 - weight_decay min(a, max_step)) - min(a s, max_step) O,   s = shape_scale sqrt(max(m, n))
+
+    The defaults are the official code's; ``nesterov=False, shape_scale=None, max_step=None`` is the paper's box.
+
+    Args:
+        params: What `split_parameters` returns, or torch's usual iterables and groups; a group with
+            ``orthogonalize=False`` gets AdamW.
+        lr: Learning rate of the matrices; about eight times Muon's (the adaptive number is small in noise).
+        weight_decay: lambda, decoupled; coupled to the adaptive step unless ``decay="lr"``.
+        momentum: mu1, in [0, 1); ``momentum**2 < beta2`` keeps the adaptive number bounded.
+        beta2: mu2, in [0, 1).
+        eps: Added to sqrt(v), in units of the gradient's Frobenius norm.
+        nesterov: Whether N looks ahead.
+        ns_steps: Newton-Schulz steps.
+        ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
+        orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
+        shape_scale: s = shape_scale sqrt(max(m, n)) on the update; None: s = 1.
+        max_step: Cap of both a and a s; None: no cap.
+        decay: "adaptive" (1 - weight_decay a) or "lr" (1 - lr weight_decay, Muon's).
+        adamw_lr: Learning rate of the AdamW groups; None: ``lr``, as in the official runs.
+        adamw_betas: AdamW's betas.
+        adamw_eps: AdamW's eps.
+        adamw_weight_decay: AdamW's weight decay.
+        momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
+
+    Raises:
+        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+
+    References:
+        "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 1.
+
+    Example:
+        >>> import torch
+        >>> layer = torch.nn.Linear(4, 3)
+        >>> optimizer = NAMO([layer.weight], lr=0.01)
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: types.NonNegativeFloat = 0.01,
+        weight_decay: types.NonNegativeFloat = 0.1,
+        momentum: types.HalfOpenUnit = 0.95,
+        beta2: types.HalfOpenUnit = 0.99,
+        eps: types.NonNegativeFloat = 1e-8,
+        nesterov: bool = True,
+        *,
+        ns_steps: types.PositiveInt = 5,
+        ns_coefficients: Coefficients = "quintic",
+        orthogonalizer: Method = "newton_schulz",
+        shape_scale: types.PositiveFloat | None = 0.2,
+        max_step: types.PositiveFloat | None = 1.0,
+        decay: Decay = "adaptive",
+        adamw_lr: types.NonNegativeFloat | None = None,
+        adamw_betas: tuple[types.HalfOpenUnit, types.HalfOpenUnit] = (0.9, 0.95),
+        adamw_eps: types.NonNegativeFloat = 1e-8,
+        adamw_weight_decay: types.NonNegativeFloat = 0.0,
+        momentum_dtype: MomentumDtype | None = None,
+    ) -> None:
+        matrix = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "eps": eps,
+            "nesterov": nesterov,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "orthogonalizer": orthogonalizer,
+            "shape_scale": shape_scale,
+            "momentum_dtype": momentum_dtype,
+            "max_step": max_step,
+            "decay": decay,
+        }
+        super().__init__(params, matrix, adamw_defaults(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+
+    def _step_size(
+        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        assert v is not None
+        keys = {key: group[key] for key in ("lr", "momentum", "beta2", "eps")}
+        return formulas.namo_step_size(grad_sq, direction_sq, v, step=step, **keys)
+
+
+class NAMOD(_AdaptiveScale):
+    r"""Muon's orthogonalized momentum, scaled by one clamped adaptive number per column (input feature).
+
+    ::
+
+        M, N, O as NAMO's
+        v_j <- mu2 v_j + (1 - mu2) ||G[:, j]||^2
+        r_j  = ||N[:, j]|| / (sqrt(v_j) + eps), clipped to [c mean(r), mean(r) / c]
+        a_j  = lr sqrt(1 - mu2^t) / (1 - mu1^t) r_j
+        W[:, j] <- W[:, j] max(0, 1 - weight_decay min(a_j, max_step)) - min(a_j s, max_step) O[:, j]
+
+    Args:
+        params: As `NAMO`'s.
+        lr: Learning rate of the matrices.
+        weight_decay: lambda, decoupled; coupled to the adaptive step unless ``decay="lr"``.
+        momentum: mu1, in [0, 1); ``momentum**2 < beta2`` keeps the adaptive numbers bounded.
+        beta2: mu2, in [0, 1).
+        eps: Added to sqrt(v_j), in units of a gradient column's norm.
+        nesterov: Whether N looks ahead.
+        clamp: c in (0, 1]: 1 scales all columns alike; None or 0: no clamp.
+        ns_steps: Newton-Schulz steps.
+        ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
+        orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
+        shape_scale: s = shape_scale sqrt(max(m, n)) on the update; None: s = 1.
+        max_step: Cap of both a_j and a_j s; None: no cap.
+        decay: "adaptive" (1 - weight_decay a_j) or "lr" (1 - lr weight_decay, Muon's); neither below 0.
+        adamw_lr: Learning rate of the AdamW groups; None: ``lr``, as in the official runs.
+        adamw_betas: AdamW's betas.
+        adamw_eps: AdamW's eps.
+        adamw_weight_decay: AdamW's weight decay.
+        momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
+
+    Raises:
+        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+
+    References:
+        "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 2.
+    """
+
+    per_column = True
+    ranges: ClassVar[Mapping[str, Range]] = {
+        **_AdaptiveScale.ranges,
+        "clamp": Range(
+            lambda value: value is None or (is_number(value) and 0 <= value <= 1), "in (0, 1], or None or 0 for none"
+        ),
+    }
+
+    def __init__(
+        self,
+        params: Params,
+        lr: types.NonNegativeFloat = 0.01,
+        weight_decay: types.NonNegativeFloat = 0.1,
+        momentum: types.HalfOpenUnit = 0.95,
+        beta2: types.HalfOpenUnit = 0.99,
+        eps: types.NonNegativeFloat = 1e-8,
+        nesterov: bool = True,
+        *,
+        clamp: types.ClosedUnitInterval | None = 0.1,
+        ns_steps: types.PositiveInt = 5,
+        ns_coefficients: Coefficients = "quintic",
+        orthogonalizer: Method = "newton_schulz",
+        shape_scale: types.PositiveFloat | None = 0.2,
+        max_step: types.PositiveFloat | None = 1.0,
+        decay: Decay = "adaptive",
+        adamw_lr: types.NonNegativeFloat | None = None,
+        adamw_betas: tuple[types.HalfOpenUnit, types.HalfOpenUnit] = (0.9, 0.95),
+        adamw_eps: types.NonNegativeFloat = 1e-8,
+        adamw_weight_decay: types.NonNegativeFloat = 0.0,
+        momentum_dtype: MomentumDtype | None = None,
+    ) -> None:
+        matrix = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "beta2": beta2,
+            "eps": eps,
+            "nesterov": nesterov,
+            "clamp": clamp,
+            "ns_steps": ns_steps,
+            "ns_coefficients": ns_coefficients,
+            "orthogonalizer": orthogonalizer,
+            "shape_scale": shape_scale,
+            "momentum_dtype": momentum_dtype,
+            "max_step": max_step,
+            "decay": decay,
+        }
+        super().__init__(params, matrix, adamw_defaults(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+
+    def _step_size(
+        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        assert v is not None
+        keys = {key: group[key] for key in ("lr", "momentum", "beta2", "eps", "clamp")}
+        return formulas.namo_d_step_size(grad_sq, direction_sq, v, step=step, **keys)

@@ -1,0 +1,1 @@
+"""What a step would cost on many ranks: computed, not measured."""

@@ -1,0 +1,288 @@
+"""What a step would cost on many ranks, from the exchange's own plan: no process is started, no weights are made.
+
+A model is built on the meta device, each rank's regions follow from the mesh by arithmetic, and `make_plan`, which runs
+in training too, says who owns, sends and receives what. Times follow from the rates that are given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_namo.optim.engine import Entry, OrthogonalizedOptimizer
+from lightning_namo.optim.groups import parameter_names
+from lightning_namo.optim.muon import AdaMuon
+from lightning_namo.planning.memory import local_memory, peak_buffers
+from lightning_namo.planning.simulated_mesh import Grid
+from lightning_namo.planning.traffic import BucketTraffic, overlapped, sent_and_received
+from lightning_namo.polar.iteration_dtype import iteration_dtype
+from lightning_namo.routing.names import clean_name
+from lightning_namo.sharding.assignment import Matrix, Plan, make_plan
+from lightning_namo.sharding.layout import Block
+
+DIVIDED = {  # by tensor parallelism, over which dimension
+    "*.attn.c_attn.*": 0,
+    "*.attn.c_proj.weight": 1,
+    "*.mlp.c_fc.*": 0,
+    "*.mlp.c_proj.weight": 1,
+    "*.attention.w[qkv].weight": 0,
+    "*.attention.wo.weight": 1,
+    "*.feed_forward.w[13].weight": 0,
+    "*.feed_forward.w2.weight": 1,
+}
+"""Globs over the names of `gpt2.parallel`, and of Llama's (divided likewise: Shoeybi et al. 2019, arXiv 1909.08053)."""
+
+
+def find_divided(
+    optimizer: OrthogonalizedOptimizer, grid: Grid, divided: Mapping[str, int]
+) -> dict[Tensor, int | None]:
+    """For every parameter the dimension that tensor parallelism divides, by its name.
+
+    Raises:
+        ValueError: If the grid has tensor-parallel ranks and there is none.
+    """
+    found: dict[Tensor, int | None] = {}
+    for group in optimizer.param_groups:
+        for name, parameter in zip(parameter_names(group), group["params"], strict=True):
+            dims = (dim for glob, dim in divided.items() if fnmatchcase(f".{clean_name(name)}", glob))
+            found[parameter] = next(dims, None) if grid.tensor > 1 else None
+    if grid.tensor > 1 and all(dim is None for dim in found.values()):
+        raise ValueError(
+            f"Expected a model that {grid.tensor} tensor-parallel ranks divide, by names like {', '.join(divided)}. "
+            "Got none of them. Take another layout, or estimate(..., divided={'glob': dimension}) in Python."
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What times follow from.
+
+    Args:
+        link_gbytes: GB/s that a rank sends, and receives at the same time.
+        tflops: TFLOP/s of a rank in the bfloat16 iteration, achieved.
+        peak_tflops: TFLOP/s of a rank at best; 989 is the H100's for dense bfloat16 matrices.
+        model_flops_utilization: Share of the peak that training reaches, as a fraction.
+    """
+
+    link_gbytes: float = 50.0
+    tflops: float = 400.0
+    peak_tflops: float = 989.0
+    model_flops_utilization: float = 0.4
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One rank's part in a step; all but the first two in bytes.
+
+    Args:
+        matrices: How many it owns.
+        flops: Of their orthogonalization.
+        sent: In the all-to-alls.
+        received: Likewise.
+        buffers: Highest sum of the exchange's and the iteration's buffers, above parameters, gradients and state.
+        parameters: Of the local shards.
+        gradients: Likewise.
+        state: Of this optimizer.
+        adamw_state: Of AdamW in its place.
+    """
+
+    matrices: int
+    flops: int
+    sent: int
+    received: int
+    buffers: int
+    parameters: int
+    gradients: int
+    state: int
+    adamw_state: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A step of an optimizer on the ranks of a grid.
+
+    Args:
+        grid: The ranks.
+        plan: The exchange's.
+        matrices: Whole, in the order of the plan.
+        elements: Of all parameters.
+        ranks: By rank.
+        reduced: Bytes of the all-reduces.
+        all_to_alls: How many a step has.
+        all_reduces: Likewise.
+        compute_seconds: Of the orthogonalization where each bucket waits for its busiest rank.
+        communication_seconds: Of all-to-alls and all-reduces, each waiting for the rank with the most bytes.
+        overlapped_seconds: Of the step, communication running beside the computation as `Exchange.map` lets it.
+        training_seconds: Of forward and backward passes: 6 FLOPs per parameter and token. None without tokens.
+    """
+
+    grid: Grid
+    plan: Plan
+    matrices: tuple[Matrix, ...]
+    elements: int
+    ranks: tuple[Rank, ...]
+    reduced: int
+    all_to_alls: int
+    all_reduces: int
+    compute_seconds: float
+    communication_seconds: float
+    overlapped_seconds: float
+    training_seconds: float | None
+
+    @property
+    def flops(self) -> int:
+        """Of orthogonalizing every matrix once."""
+        return sum(matrix.cost for matrix in self.matrices)
+
+    @property
+    def bound(self) -> float:
+        """FLOPs below which no plan can bring the busiest rank: an even share, or the largest matrix."""
+        return max(self.flops / self.grid.ranks, *(float(matrix.cost) for matrix in self.matrices))
+
+    @property
+    def busiest(self) -> int:
+        """FLOPs of the busiest rank."""
+        return max(rank.flops for rank in self.ranks)
+
+    @property
+    def formula(self) -> float:
+        """Bytes ``2 (R-1)/R * elements/R * itemsize`` that a rank sends on average where there are no replicas."""
+        ranks = self.grid.ranks
+        return 2 * (ranks - 1) / ranks * sum(_bytes(matrix) for matrix in self.matrices) / ranks
+
+    @property
+    def overhead(self) -> float | None:
+        """The overlapped step as a share of forward and backward passes and the step together."""
+        if self.training_seconds is None:
+            return None
+        return self.overlapped_seconds / (self.training_seconds + self.overlapped_seconds)
+
+    def as_dict(self, owners: bool = False) -> dict[str, Any]:
+        """Plain numbers for JSON: all but the plan, of which the owners if asked for."""
+        words = ("reduced", "all_to_alls", "all_reduces", "elements", "flops", "bound", "busiest", "formula")
+        times = ("compute_seconds", "communication_seconds", "overlapped_seconds", "training_seconds", "overhead")
+        named = {matrix.name: owner for matrix, owner in zip(self.matrices, self.plan.owners, strict=True)}
+        return {
+            "grid": asdict(self.grid),
+            **{word: getattr(self, word) for word in (*words, *times)},
+            "matrices": len(self.matrices),
+            "ranks": [asdict(rank) for rank in self.ranks],
+            **({"owners": named} if owners else {}),
+        }
+
+
+def estimate(
+    optimizer: OrthogonalizedOptimizer,
+    grid: Grid,
+    rates: Rates = Rates(),
+    tokens_per_step: int | None = None,
+    divided: Mapping[str, int] = DIVIDED,
+    dtype: torch.dtype | None = None,
+) -> Estimate:
+    """Plan the exchange of an optimizer whose parameters lie whole on this process, as if they were on a grid.
+
+    Args:
+        optimizer: Over a whole module, on the meta device if it is large; `bucket_bytes` is respected.
+        grid: The ranks.
+        rates: For the times.
+        tokens_per_step: Of all ranks, for the time of forward and backward passes.
+        divided: From globs over names of parameters to the dimension that tensor parallelism divides.
+        dtype: In which the ranks run the Newton-Schulz iteration, for the buffers. None: `iteration_dtype` of the
+            parameters' device; for the meta device that is bfloat16, as on accelerators, unless the environment
+            variable says otherwise. For ranks on CPUs give ``iteration_dtype("cpu")``.
+
+    Raises:
+        ValueError: If the grid has tensor-parallel ranks and nothing to divide is found.
+    """
+    entries, _, exchange = optimizer._plan()
+    dtype = dtype or iteration_dtype(exchange.device.type)
+    whole, R = tuple(exchange.matrices), grid.ranks
+    dims = find_divided(optimizer, grid, divided)
+    plan = make_plan(publish(whole, entries, grid, dims), exchange.bucket_bytes)
+    traffic = [BucketTraffic.of(plan, bucket, whole, R) for bucket in plan.buckets]
+    buffers = peak_buffers(plan, entries, traffic, R, dtype)
+    memory = local_memory(optimizer, grid, dims)
+    owned, flops = [0] * R, [0] * R
+    for owner, matrix in zip(plan.owners, whole, strict=True):
+        owned[owner] += 1
+        flops[owner] += matrix.cost
+    sent, received = ([sum(of_rank) for of_rank in zip(*lists, strict=True)] for lists in sent_and_received(traffic))
+    ranks = tuple(map(Rank, owned, flops, sent, received, buffers, *memory))
+    replicated = R > 1 and (grid.replicas > 1 or (grid.tensor > 1 and None in dims.values()))
+    all_reduces, reduced = _all_reduces(optimizer, entries, len(plan.buckets), R, replicated)
+    reducing = 2 * (R - 1) / R * reduced / rates.link_gbytes / 1e9
+    sending = [bucket.shard_seconds(rates.link_gbytes) for bucket in traffic]
+    returning = [bucket.result_seconds(rates.link_gbytes) for bucket in traffic]
+    working = [max(bucket.flops) / rates.tflops / 1e12 for bucket in traffic]
+    elements = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    rate = rates.peak_tflops * 1e12 * rates.model_flops_utilization * R
+    return Estimate(
+        grid,
+        plan,
+        whole,
+        elements,
+        ranks,
+        reduced,
+        sum((max(bucket.shards_sent) > 0) + (max(bucket.results_sent) > 0) for bucket in traffic),
+        all_reduces if R > 1 else 0,
+        sum(working),
+        sum(sending) + sum(returning) + reducing,
+        reducing + overlapped(sending, working, returning),
+        None if tokens_per_step is None else 6 * elements * tokens_per_step / rate,
+    )
+
+
+def publish(
+    whole: Sequence[Matrix], entries: Sequence[Entry], grid: Grid, divided: Mapping[Tensor, int | None]
+) -> list[list[Matrix]]:
+    """What every rank of a grid would publish of the matrices.
+
+    Args:
+        whole: The matrices, with any region.
+        entries: Their parameters.
+        grid: The ranks.
+        divided: The dimension of each parameter that tensor parallelism divides.
+    """
+
+    def of(shard: int, part: int) -> list[Matrix]:
+        known: dict[tuple[Any, ...], Block] = {}
+        rows = []
+        for matrix, entry in zip(whole, entries, strict=True):
+            key = entry.layout.shape, divided[entry.parameter]
+            if key not in known:
+                known[key] = grid.region(key[0], shard, part, key[1])
+            rows.append(Matrix(matrix.name, matrix.shape, matrix.dtype, matrix.cost, known[key]))
+        return rows
+
+    return grid.each(of)
+
+
+def _all_reduces(
+    optimizer: OrthogonalizedOptimizer, entries: Sequence[Entry], buckets: int, ranks: int, replicated: bool
+) -> tuple[int, int]:
+    """Number of all-reduces of a step, and their bytes.
+
+    The first has ``||G||^2``, ``||N||^2`` and flags of each parameter, two numbers of each rank, and where there are
+    replicas, in float64, one number more of each matrix and two of the others.
+    """
+    numbers = sum(2 * math.prod(entry.layout.statistic_shape(optimizer.per_column)) + 1 for entry in entries)
+    groups = [group["params"] for group in optimizer.param_groups if not group["orthogonalize"]]
+    numbers += sum(1 + 2 * len(params) for params in groups if params) + 2 * ranks
+    if replicated:
+        numbers += len(entries) + 2 * sum(map(len, groups))
+    itemsize = 8 if any(entry.parameter.dtype == torch.float64 for entry in entries) else 4
+    size = numbers * (8 if replicated else itemsize)
+    if not isinstance(optimizer, AdaMuon):
+        return 1, size
+    return 1 + buckets, size + itemsize * sum(math.prod(entry.layout.statistic_shape(False)) for entry in entries)
+
+
+def _bytes(matrix: Matrix) -> int:
+    return math.prod(matrix.shape) * matrix.dtype.itemsize

@@ -1,0 +1,128 @@
+"""Models on the meta device whose step is planned: recipes', and well-known shapes by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from torch import nn
+
+from lightning_namo.gpt2.data.module import TextDataModule
+from lightning_namo.gpt2.model import GPT2, GPT2Config
+from lightning_namo.gpt2.module import GPT2Module, follow_data
+from lightning_namo.integration.build import build_optimizer
+from lightning_namo.integration.optimizer_callback import OptimizerCallback
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.planning.simulated_mesh import Grid
+
+
+class Llama(nn.Module):
+    """The parameters of a Llama (Touvron et al. 2023) by the names of Meta's checkpoints; it computes nothing.
+
+    Args:
+        n_layers: Transformer blocks.
+        dim: Channels.
+        hidden: Channels within the feed-forward layers.
+        kv_dim: Channels of the keys and of the values (grouped-query attention).
+        vocab_size: Tokens in the vocabulary.
+    """
+
+    def __init__(self, n_layers: int, dim: int, hidden: int, kv_dim: int, vocab_size: int = 32000) -> None:
+        super().__init__()
+        attention = {"wq": (dim, dim), "wk": (dim, kv_dim), "wv": (dim, kv_dim), "wo": (dim, dim)}
+        feed_forward = {"w1": (dim, hidden), "w2": (hidden, dim), "w3": (dim, hidden)}
+        self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList()
+        for _ in range(n_layers):
+            layer: dict[str, nn.Module] = {"attention_norm": nn.RMSNorm(dim), "ffn_norm": nn.RMSNorm(dim)}
+            for name, sizes in (("attention", attention), ("feed_forward", feed_forward)):
+                layer[name] = nn.ModuleDict({k: nn.Linear(*size, bias=False) for k, size in sizes.items()})
+            self.layers.append(nn.ModuleDict(layer))
+        self.norm = nn.RMSNorm(dim)
+        self.output = nn.Linear(dim, vocab_size, bias=False)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    # Radford et al. 2019, table 2, the vocabulary padded to 50304; 480 x 1024 tokens a step as in arXiv 2602.17080.
+    "gpt2_small": (lambda: GPT2(GPT2Config(n_layer=12, n_head=12, n_embd=768)), 480 * 1024),
+    "gpt2_medium": (lambda: GPT2(GPT2Config(n_layer=24, n_head=16, n_embd=1024)), 480 * 1024),
+    "gpt2_large": (lambda: GPT2(GPT2Config(n_layer=36, n_head=20, n_embd=1280)), 480 * 1024),
+    # Llama 2, arXiv 2307.09288 (4M tokens a step), and its params.json: hidden is 8/3 dim, for 70B times 1.3, rounded
+    # up to a multiple of 256, for 70B of 4096; keys and values of 70B have 8 heads of 128.
+    "llama_7b": (lambda: Llama(n_layers=32, dim=4096, hidden=11008, kv_dim=4096), 4 * 2**20),
+    "llama_70b": (lambda: Llama(n_layers=80, dim=8192, hidden=28672, kv_dim=1024), 4 * 2**20),
+}
+"""Shapes by name: what builds them, and the tokens of an optimizer step that they were trained with."""
+
+
+class Built(NamedTuple):
+    """A model on the meta device.
+
+    Args:
+        module: The model, whole.
+        tokens: Of an optimizer step, where it is a model by name.
+        replicas: That the recipe asks for.
+    """
+
+    module: nn.Module
+    tokens: int | None = None
+    replicas: int = 1
+
+
+def build_model(model: Callable[[], LightningModule] | str, data: LightningDataModule | None = None) -> Built:
+    """Build a model on the meta device.
+
+    Args:
+        model: One of `MODELS`, or what makes a LightningModule.
+        data: What a GPT-2's vocabulary and block size follow, as for `fit`; by default the embedded corpus.
+
+    Raises:
+        ValueError: An unknown name.
+    """
+    if isinstance(model, str) and model not in MODELS:
+        raise ValueError(
+            f"Expected model to be a LightningModule's class or one of {', '.join(MODELS)}. Got {model!r}."
+        )
+    with torch.device("meta"):
+        if isinstance(model, str):
+            make, tokens = MODELS[model]
+            return Built(make(), tokens)
+        module, replicas = model(), 1
+        if isinstance(module, GPT2Module):
+            text = data or TextDataModule()
+            if isinstance(text, TextDataModule):
+                module.config = follow_data(module.config, text)
+            replicas, module.replicas = module.replicas, 1  # there is no mesh here to shard over
+        module.configure_model()
+    return Built(module, replicas=replicas)
+
+
+def make_optimizer(module: nn.Module, callback: OptimizerCallback) -> OrthogonalizedOptimizer:
+    """The optimizer that a recipe's section ``optim`` makes for a module.
+
+    Raises:
+        ValueError: If it is not one of this package, or the module has no matrices.
+    """
+    optimizer = build_optimizer(
+        module,
+        callback.optimizer,
+        adamw=callback.adamw,
+        orthogonalize=callback.orthogonalize,
+        blocks=callback.blocks,
+    )
+    if not isinstance(optimizer, OrthogonalizedOptimizer):
+        raise ValueError(
+            f"Expected NAMO, NAMOD, Muon or AdaMuon, whose work is shared out. Got {type(optimizer).__name__}."
+        )
+    return optimizer
+
+
+def check_heads(module: nn.Module, grid: Grid) -> None:
+    """Raise a ValueError if tensor-parallel ranks do not divide the heads of a GPT-2."""
+    for part in module.modules():
+        if isinstance(part, GPT2) and part.config.n_head % grid.tensor:
+            raise ValueError(
+                f"Expected tensor, {grid.tensor}, to divide the attention heads. Got {part.config.n_head} heads."
+            )

@@ -1,0 +1,1 @@
+"""Which parameters are hidden matrices, which take AdamW, and why."""

@@ -1,0 +1,173 @@
+"""Why a parameter takes AdamW: decided by identity and by module rather than by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from lightning_namo.sharding.layout import stored_shape
+
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
+_LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, *_CONVS)
+_EMBEDDING_NAME = re.compile(r"embed|(^|[._])(emb|pos)([._]|$)")  # of bare parameters, such as position tables
+
+
+class Route(NamedTuple):
+    """Where a parameter went, and why.
+
+    Attributes:
+        name: Its first name in the module, without what wrappers add.
+        shape: Its full shape as stored, whatever part of it lies on this process.
+        group: Name of its parameter group, or "frozen".
+        reason: Why, in words.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    group: str
+    reason: str
+
+
+class Use(NamedTuple):
+    """One place where a parameter is registered: its name in the module, and its label in its layer."""
+
+    name: str
+    label: str
+    owner: nn.Module
+
+
+@dataclass
+class Candidate:
+    """What is known of one parameter; a tied one has several uses, and is named after the first."""
+
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    uses: list[Use]
+    adamw: str | None = None  # why it takes AdamW; None: it is a matrix
+    glob: str | None = None  # the glob that overruled the routing, in words
+    blocks: int | list[int] = 1
+
+    @property
+    def name(self) -> str:
+        """Its first name in the module."""
+        return self.uses[0].name
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is stored with input features as rows."""
+        owner = self.uses[0].owner
+        return isinstance(owner, _TRANSPOSED_CONVS) or is_hugging_face_conv1d(owner)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the true matrix: output features."""
+        return stored_shape(self.shape)[self.transposed]
+
+    @property
+    def template(self) -> dict[str, Any]:
+        """The keys of its group but the parameters."""
+        if self.adamw is not None:
+            return {"name": "adamw", "orthogonalize": False}
+        sizes = [self.blocks] if isinstance(self.blocks, int) else self.blocks
+        suffix = "" if self.blocks == 1 else "_blocks_" + "_".join(map(str, sizes))
+        name = f"matrices{'_transposed' * self.transposed}{suffix}"
+        return {"name": name, "orthogonalize": True, "transposed": self.transposed, "blocks": self.blocks}
+
+    @property
+    def route(self) -> Route:
+        """Where it goes, and why, in words."""
+        words = [self.glob or self.adamw or "matrix"]
+        if self.adamw is None and len(self.shape) > 2:
+            words.append(f"flattened to {times(stored_shape(self.shape))}")
+        if self.adamw is None and self.transposed:
+            words.append("stored transposed")
+        if len(self.uses) > 1:
+            more = f" and {len(self.uses) - 2} more" if len(self.uses) > 2 else ""
+            words.append(f"tied to {self.uses[1].name}{more}")
+        reason = ", ".join(words)
+        if self.parameter.requires_grad:
+            return Route(self.name, self.shape, self.template["name"], reason)
+        return Route(self.name, self.shape, "frozen", f"requires_grad=False; else {reason}")
+
+
+def declared_heads(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of what any submodule returns as its output embeddings (Hugging Face)."""
+    for submodule in module.modules():
+        getter = getattr(type(submodule), "get_output_embeddings", None)
+        if getter is None:
+            continue
+        try:
+            head = getter(submodule)
+        except (AttributeError, NotImplementedError):  # base classes offer it to models that have no head
+            continue
+        if isinstance(head, nn.Module):
+            yield from head.parameters()
+
+
+def head_by_width(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters of the last Linear as wide as an embedding's vocabulary, unless it is a hidden layer.
+
+    Hidden is one that a later Linear reads, or that leads back to the model's own width, which may by chance
+    be the length of a table too (GPT-2 medium: 1024 positions, width 1024).
+    """
+    tables = [table for table in module.modules() if isinstance(table, EMBEDDINGS)]
+    vocabularies = {table.num_embeddings for table in tables}
+    model_widths = {table.embedding_dim for table in tables}
+    read: set[int] = set()
+    for linear in reversed([layer for layer in module.modules() if isinstance(layer, nn.Linear)]):
+        width = linear.out_features
+        leads_back = width in model_widths and linear.in_features not in model_widths
+        if width in vocabularies and width not in read and not leads_back:
+            yield from linear.parameters()
+            return
+        read.add(linear.in_features)
+
+
+def is_hugging_face_conv1d(owner: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, which stores ``(in, out)``; without importing transformers."""
+    return ("transformers.pytorch_utils", "Conv1D") in ((c.__module__, c.__name__) for c in type(owner).__mro__)
+
+
+def _is_layer(owner: nn.Module) -> bool:
+    """Whether a module is one whose weights are matrices."""
+    return isinstance(owner, _LAYERS) or is_hugging_face_conv1d(owner)
+
+
+def _is_norm(owner: nn.Module) -> bool:
+    return not _is_layer(owner) and any("norm" in c.__name__.lower() for c in type(owner).__mro__)
+
+
+def _is_weight(use: Use) -> bool:
+    """Whether this is a layer's weight, and not the norm that weight_norm keeps beside it."""
+    return _is_layer(use.owner) and "weight" in use.label and not use.label.endswith(("_g", ".original0"))
+
+
+def adamw_reason(entry: Candidate, heads: set[nn.Parameter]) -> str | None:
+    """Why a parameter is no hidden matrix; None if it is one."""
+    first, shape = entry.uses[0], entry.shape
+    if entry.parameter.is_complex():
+        return "complex"
+    if any(isinstance(use.owner, EMBEDDINGS) for use in entry.uses):
+        return "embedding" if isinstance(first.owner, EMBEDDINGS) else "output head"
+    if any(_is_norm(use.owner) for use in entry.uses):
+        return "norm"
+    if len(shape) < 2:
+        return "scalar" if not shape else "bias" if "bias" in first.label else "vector"
+    if entry.parameter in heads:
+        return "output head"
+    if sum(size > 1 for size in shape) < 2 and not any(_is_weight(use) for use in entry.uses):
+        return "vector with dimensions of size 1"
+    if any(_EMBEDDING_NAME.search(use.label.lower()) and not _is_layer(use.owner) for use in entry.uses):
+        return "embedding by its name"
+    return None
+
+
+def times(shape: Sequence[int]) -> str:
+    """A shape in words: 3 x 4."""
+    return " x ".join(map(str, shape))
