@@ -63,8 +63,9 @@ def assign_owners(costs: Sequence[int], world_size: int) -> tuple[int, ...]:
     """Owner rank of each matrix, so that the busiest rank has as little to do as whole matrices allow.
 
     Longest first to the least loaded rank; then MULTIFIT (Coffman, Garey and Johnson 1978): bisect the load for the
-    smallest into which the matrices fit, first-fit decreasing, to within a part in a thousand (the busiest of 48 ranks
-    has 5% less to do for Llama 7B); last, swap matrices of the busiest rank for cheaper ones of others while that helps.
+    smallest into which the matrices fit, first-fit decreasing, to within a part in a thousand. The busiest of 48 ranks
+    then has 5% less to do for Llama 7B. Last, swap matrices of the busiest rank for cheaper ones of others while that
+    helps.
 
     Args:
         costs: Cost of each matrix.
