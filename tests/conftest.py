@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from iteration import ITERATIONS, iterating_in
+
+from tests.helpers.iteration import ITERATIONS, iterating_in
 
 OPTIMIZERS = ("NAMO", "NAMOD", "Muon", "AdaMuon")
 

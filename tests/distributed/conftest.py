@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.job import STEPS, losses, run_ranks, succeed
+from tests.helpers.job import STEPS, losses, run_ranks, succeed
 
 
 @pytest.fixture(scope="module")

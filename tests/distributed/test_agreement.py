@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
-from tests.distributed.launch import WorkerError, run_ranks
-from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients, whole
-from tests.distributed.worker import clean, gathered_weights, new_module
+from tests.helpers.launch import WorkerError, run_ranks
+from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, whole
+from tests.helpers.worker import clean, gathered_weights, new_module
 
 LEFT_ALONE, OTHER = "tall.layer.weight", "wide.layer.weight"
 

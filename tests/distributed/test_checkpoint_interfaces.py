@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from lightning_namo import NAMOD, AdaMuon, build_optimizer
-from tests.distributed.launch import WorkerError, run_ranks
 from tests.distributed.test_checkpoints import run_cases
-from tests.distributed.worker import relative_error, whole
+from tests.helpers.launch import WorkerError, run_ranks
+from tests.helpers.worker import relative_error, whole
 
 OPTIMIZERS = {"NAMOD": NAMOD, "AdaMuon": AdaMuon}
 

@@ -26,9 +26,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, WarmupStableDecay, optimize_with
-from tests.distributed.launch import run_ranks
 from tests.distributed.test_strategies import CPUFSDPStrategy
-from tests.distributed.worker import clean, relative_error, whole
+from tests.helpers.launch import run_ranks
+from tests.helpers.worker import clean, relative_error, whole
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all the runs
 STEPS, SAVED_AT, BATCH = 5, 3, 6

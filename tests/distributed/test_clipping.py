@@ -23,10 +23,10 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMOD, ClipsGradients, GradientClipping, clip_gradients, gradient_norm, optimize_with
-from tests.distributed.launch import run_ranks
-from tests.distributed.layouts import LAYOUTS, Odd, prescribed_gradients
 from tests.distributed.test_strategies import HYPER, OF_DEVICES, STRATEGIES, Net, Regression
-from tests.distributed.worker import Backward, Wire, clean, counted, new_module, relative_error, whole
+from tests.helpers.launch import run_ranks
+from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients
+from tests.helpers.worker import Backward, Wire, clean, counted, new_module, relative_error, whole
 
 WORLD_SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 BOUND = {"norm": "max_norm", "value": "clip_value"}

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, GradientClipping, clip_gradients, gradient_norm, optimize_with
-from tests.distributed.launch import run_ranks
+from tests.helpers.launch import run_ranks
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
 

@@ -25,10 +25,10 @@ from lightning_namo.gpt2.export import export
 from lightning_namo.gpt2.generate import generate
 from lightning_namo.gpt2.load import load_network
 from lightning_namo.gpt2.module import GPT2Module
-from tests.distributed.launch import run_ranks
 from tests.distributed.test_checkpoints import FullFSDPStrategy, checkpoint, model_parallel, run_cases
 from tests.distributed.test_strategies import CPUFSDPStrategy
-from tests.distributed.worker import relative_error
+from tests.helpers.launch import run_ranks
+from tests.helpers.worker import relative_error
 
 STRATEGIES: dict[str, Callable[[], str | Strategy]] = {
     "ddp": lambda: "ddp",

@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader
 
 from lightning_namo import OptimizerCallback
 from lightning_namo.integration.preemption import SaveOnSigterm
-from tests.distributed.job import AT, EVERY, LAST, STEPS, command, finish, losses, run_agents, run_ranks, succeed
-from tests.distributed.launch import WorkerError
-from tests.distributed.launch import run_ranks as run_workers
+from tests.helpers.job import AT, EVERY, LAST, STEPS, command, finish, losses, run_agents, run_ranks, succeed
+from tests.helpers.launch import WorkerError
+from tests.helpers.launch import run_ranks as run_workers
 
 SIGTERMED = 143
 # Sharded training rounds otherwise, by 5e-6 here. One repeated or skipped batch, or a lost momentum, is above 1e-3.

@@ -26,8 +26,8 @@ from lightning_namo.cli import main
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
 from lightning_namo.sharding.local import local_tensor
-from tests.distributed.launch import run_ranks
-from tests.distributed.worker import clean
+from tests.helpers.launch import run_ranks
+from tests.helpers.worker import clean
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -24,9 +24,9 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import AdamW
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
-from tests.distributed.launch import WorkerError, run_ranks
-from tests.distributed.layouts import LAYOUTS, prescribed_gradients
-from tests.distributed.worker import clean, gathered_weights, new_module
+from tests.helpers.launch import WorkerError, run_ranks
+from tests.helpers.layouts import LAYOUTS, prescribed_gradients
+from tests.helpers.worker import clean, gathered_weights, new_module
 
 OPTIMIZERS: dict[str, Any] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon, "AdamW": AdamW}
 SCALERS = {"GradScaler": GradScaler, "ShardedGradScaler": ShardedGradScaler}

@@ -14,8 +14,8 @@ from torch.profiler import profile
 
 from lightning_namo import NAMO
 from lightning_namo.polar.iteration_dtype import iteration_dtype
-from tests.distributed.launch import run_ranks
-from tests.iteration import ITERATIONS, iterating_in
+from tests.helpers.iteration import ITERATIONS, iterating_in
+from tests.helpers.launch import run_ranks
 
 
 def size(iteration: str) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.job import AT, STEPS, losses, run_agents, succeed
+from tests.helpers.job import AT, STEPS, losses, run_agents, succeed
 
 # processes per node, options for the same global batch as in the uninterrupted run, relative tolerance of the losses:
 # sharded training rounds otherwise. A resumed run repeats the bits.

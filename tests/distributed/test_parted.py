@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
-from tests.distributed.launch import WorkerError, run_ranks
+from tests.helpers.launch import WorkerError, run_ranks
 
 OPTIMIZERS = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd"}

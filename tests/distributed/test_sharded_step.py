@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.launch import run_ranks
-from tests.distributed.layouts import LAYOUTS
-from tests.distributed.worker import ALGORITHMS, STEPS, VARIANTS, compare_layouts, expected_results
+from tests.helpers.launch import run_ranks
+from tests.helpers.layouts import LAYOUTS
+from tests.helpers.worker import ALGORITHMS, STEPS, VARIANTS, compare_layouts, expected_results
 
 # Relative to the weights' norm. The iteration sees the same bits on every layout, in both dtypes, so what is left is
 # float32 rounding in the sums of squares (measured: at most 1.2e-7).

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.job import AT, CONFIGS, ROOT, SMALL, STEPS, Ended, finish, losses
-from tests.distributed.launch import free_port
+from tests.helpers.job import AT, CONFIGS, ROOT, SMALL, STEPS, Ended, finish, losses
+from tests.helpers.launch import free_port
 
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "examples" / "slurm" / "gpt2.sbatch"
@@ -81,7 +81,7 @@ def submit(folder: Path, *options: str, slurm: dict[str, str] = SLURM) -> Ended:
 def test_a_job_that_slurm_warns_saves_goes_back_into_the_queue_and_ends_as_if_nothing_had_been(
     checkout: Path, uninterrupted: dict[int, float]
 ) -> None:
-    callback = "--trainer.callbacks+=tests.distributed.job.Warned"
+    callback = "--trainer.callbacks+=tests.helpers.job.Warned"
     warned = submit(checkout, callback)
     assert warned.code != 0, warned.output
     assert (checkout / "requeued.txt").read_text() == "requeue 4711\n"

@@ -22,8 +22,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_namo import NAMO, NAMOD, OptimizerCallback, WarmupStableDecay, build_optimizer, optimize_with
-from tests.distributed.launch import WorkerError, run_ranks
-from tests.distributed.worker import clean, relative_error, whole
+from tests.helpers.launch import WorkerError, run_ranks
+from tests.helpers.worker import clean, relative_error, whole
 
 HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
 SCHEDULE = WarmupStableDecay(warmup=2, decay=2, total_steps=6)

@@ -20,9 +20,9 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Subset
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, build_optimizer
-from tests.distributed.launch import run_ranks
 from tests.distributed.test_strategies import Net, Regression
-from tests.distributed.worker import relative_error
+from tests.helpers.launch import run_ranks
+from tests.helpers.worker import relative_error
 
 EXACT: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
 OPTIMIZERS: dict[str, Callable[..., Any]] = {

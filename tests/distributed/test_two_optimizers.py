@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, NAMOD, build_optimizer
-from tests.distributed.launch import run_ranks
 from tests.distributed.test_checkpoints import PLACES, readable
-from tests.distributed.worker import clean, relative_error, whole
+from tests.helpers.launch import run_ranks
+from tests.helpers.worker import clean, relative_error, whole
 
 STEPS, SAVED_AT = 4, 2  # of both optimizers together: Lightning counts each
 HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}

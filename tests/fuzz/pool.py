@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.distributed.launch import CONTEXT, serve
+from tests.helpers.launch import CONTEXT, serve
 
 SIZE = 4
 

@@ -31,9 +31,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer, clip_gradients
-from tests.distributed.layouts import whole
-from tests.distributed.worker import clean, local
 from tests.fuzz.walk import PLAIN, Event, Walk, gradients, restructure
+from tests.helpers.layouts import whole
+from tests.helpers.worker import clean, local
 
 CLASSES = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 

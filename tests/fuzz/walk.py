@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tests.distributed.worker import clean
+from tests.helpers.worker import clean
 
 WORLDS = {  # layout -> how many ranks it takes
     "single": (1,),

@@ -1,0 +1,427 @@
+"""The command line: layers of configs, what it builds from them, and what it says to wrong input."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+
+import lightning_namo
+from lightning_namo import OptimizerCallback, WarmupStableDecay
+from lightning_namo.cli import main
+from lightning_namo.gpt2.data.module import TextDataModule
+from lightning_namo.gpt2.module import GPT2Module
+from tests.helpers.forked import run_python
+
+pytestmark = pytest.mark.usefixtures("kept_parsers")
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUICKSTART = f"--config={CONFIGS / 'quickstart.yaml'}"
+SMALL = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")
+QUIET = ("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
+Fit = Callable[..., Any]
+
+
+class Toy(pl.LightningModule):
+    """A module of the user's own, without an optimizer."""
+
+    def __init__(self, width: int = 4, vocab_size: int = 7) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(width, width)
+        self.vocab_size = vocab_size
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        raise ValueError("a bug of the user's own")
+
+    def train_dataloader(self) -> list[torch.Tensor]:
+        return [torch.zeros(1)]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch) -> Fit:
+    """Parse and build as `lightning-namo fit` does, and return the Trainer in place of running it."""
+    calls = []
+
+    @functools.wraps(pl.Trainer.fit)  # the command line reads the signature
+    def record(trainer: pl.Trainer, model: Any, **kwargs: Any) -> None:
+        calls.append((trainer, model, kwargs["datamodule"]))
+
+    monkeypatch.setattr(pl.Trainer, "fit", record)
+
+    def fit(*options: str) -> Any:
+        main(["fit", *options])
+        return calls.pop()
+
+    return fit
+
+
+def callback_of(trainer: pl.Trainer) -> OptimizerCallback:
+    (callback,) = (callback for callback in trainer.callbacks if isinstance(callback, OptimizerCallback))
+    return callback
+
+
+def group_of(trainer: pl.Trainer) -> tuple[type, dict[str, Any]]:
+    """The optimizer's class and the hyper-parameters of its matrices."""
+    optimizer = callback_of(trainer).optimizer([torch.nn.Parameter(torch.zeros(2, 2))])
+    return type(optimizer), optimizer.param_groups[0]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Run a command line that must end with exit code 2 and one message; return that."""
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err + captured.out
+    assert captured.err.count("error: ") == 1
+    assert len(captured.err.split("error: ")[0].splitlines()) < 12  # no pages of usage before it
+    return captured.err.split("error: ")[1]
+
+
+# ---------------------------------------------------------------------- help and configs
+
+
+def test_help_names_lightning_s_commands_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("fit", "validate", "test", "predict", "prepare"))
+
+
+def test_help_of_fit_explains_the_optimizer_section(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    out = capsys.readouterr().out
+    assert "--optim.optimizer" in out
+    assert "Globs over parameter names that take AdamW" in out
+    assert " --optimizer" not in out
+
+
+def test_help_of_an_optimizer_lists_its_arguments(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--optim.optimizer.help=lightning_namo.NAMOD"])
+    out = capsys.readouterr().out
+    assert "c in (0, 1]: 1 scales all columns alike" in out
+    assert "--optim.optimizer.params" not in out
+
+
+def test_the_module_runs_as_the_console_script_does() -> None:
+    done = run_python(["-m", "lightning_namo", "--help"])
+    assert done.returncode == 0
+    assert "lightning-namo" in done.stdout
+
+
+def test_a_printed_config_gives_itself_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    printed = []
+    for options in ([QUICKSTART, "--optim.optimizer.lr=0.02"], [f"--config={tmp_path / 'printed.yaml'}"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", *options, "--print_config"])
+        assert stop.value.code == 0
+        printed.append(capsys.readouterr().out)
+        (tmp_path / "printed.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+    config = yaml.safe_load(printed[0])
+    assert config["optim"]["optimizer"]["class_path"] == "lightning_namo.NAMOD"
+    assert config["optim"]["optimizer"]["init_args"]["lr"] == 0.02
+    assert config["trainer"]["gradient_clip_val"] == 1.0
+
+
+RECIPES = {
+    # ALGORITHMS: the learning rates published for GPT-2 small; momentum and decays are the official code's.
+    "adamw": ("AdamW", {"lr": 0.0013, "betas": (0.9, 0.95), "weight_decay": 0.1}),
+    "muon": ("Muon", {"lr": 0.0013, "momentum": 0.95, "nesterov": True, "weight_decay": 0.1}),
+    "adamuon": ("AdaMuon", {"lr": 0.001, "momentum": 0.95, "beta2": 0.95, "weight_decay": 0.1}),
+    "namo": ("NAMO", {"lr": 0.012, "momentum": 0.95, "beta2": 0.99, "weight_decay": 0.1, "decay": "adaptive"}),
+    "namo_d": ("NAMOD", {"lr": 0.009, "clamp": 0.1, "momentum": 0.95, "beta2": 0.99, "weight_decay": 0.1}),
+    "separate_adamw_lr": ("NAMOD", {"lr": 0.009, "clamp": 0.1}),  # the quickstart's; test_configs.py has the rest
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((CONFIGS / "optim").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_optimizer_config_layers_over_the_quickstart(fit: Fit, path: Path) -> None:
+    trainer, model, data = fit(QUICKSTART, f"--config={path}")
+    name, expected = RECIPES[path.stem]
+    cls, group = group_of(trainer)
+    assert cls is (torch.optim.AdamW if name == "AdamW" else getattr(lightning_namo, name))
+    assert {key: group[key] for key in expected} == expected
+    assert callback_of(trainer).schedule == WarmupStableDecay(warmup=0.05, decay=0.3)
+    assert (model.config.n_layer, model.config.vocab_size, model.config.block_size) == (4, 4096, 128)
+    assert (data.batch_size, trainer.gradient_clip_val) == (16, 1.0)
+
+
+def test_every_optimizer_has_a_config() -> None:
+    assert {path.stem for path in (CONFIGS / "optim").glob("*.yaml")} == set(RECIPES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--optim.optimizer", "AdaMuon", "--optim.optimizer.eps", "1e-6"],
+        ["--optim.optimizer=AdaMuon", "--optim.optimizer.init_args.eps=1e-6"],
+        ["--optim.optimizer=lightning_namo.AdaMuon", "--optim.optimizer.eps=1e-6"],
+        ['--config={"optim": {"optimizer": {"class_path": "AdaMuon", "init_args": {"eps": 1e-6}}}}'],
+        ["--optim.optimizer={class_path: AdaMuon, init_args: {eps: 1e-6}}"],
+        ["--optim=only_optim.yaml"],
+    ],
+)
+@pytest.mark.parametrize("below", [[], [QUICKSTART, "--optim.optimizer.beta2=0.98"]], ids=["default", "quickstart"])
+def test_another_optimizer_starts_from_its_own_defaults(
+    fit: Fit, below: list[str], options: list[str], tmp_path: Path
+) -> None:
+    section = {"optimizer": {"class_path": "lightning_namo.AdaMuon", "init_args": {"eps": 1e-6}}}
+    (tmp_path / "only_optim.yaml").write_text(yaml.safe_dump(section))
+    cls, group = group_of(fit(*below, *options)[0])
+    assert cls is lightning_namo.AdaMuon
+    assert (group["lr"], group["beta2"], group["eps"]) == (0.001, 0.95, 1e-6)
+
+
+def test_muon_is_ours_and_not_torch_s(fit: Fit) -> None:
+    assert group_of(fit("--optim.optimizer", "Muon", "--optim.optimizer.lr", "0.002")[0])[0] is lightning_namo.Muon
+
+
+def test_the_same_optimizer_keeps_what_lower_layers_say(fit: Fit) -> None:
+    _, group = group_of(fit(QUICKSTART, "--optim.optimizer=NAMOD", "--optim.optimizer.momentum=0.9")[0])
+    assert (group["lr"], group["momentum"]) == (0.009, 0.9)
+
+
+def test_the_rest_of_the_optimizer_section_reaches_the_callback(fit: Fit) -> None:
+    options = ["--optim.adamw+=*.wte.weight", "--optim.adamw+=*.c_fc.weight", '--optim.blocks={"*.c_attn.weight": 3}']
+    callback = callback_of(fit(*options, "--optim.schedule.warmup=10", "--optim.schedule.decay=0.5")[0])
+    assert list(callback.adamw) == ["*.wte.weight", "*.c_fc.weight"]
+    assert callback.blocks == {"*.c_attn.weight": 3}
+    assert callback.schedule == WarmupStableDecay(warmup=10, decay=0.5)
+
+
+def test_a_scheduler_of_torch_can_be_the_schedule(fit: Fit) -> None:
+    options = ["--optim.schedule=torch.optim.lr_scheduler.StepLR", "--optim.schedule.step_size=7"]
+    schedule = callback_of(fit(*options)[0]).schedule
+    assert schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0)).step_size == 7
+
+
+# ---------------------------------------------------------------------- model and data
+
+
+def test_a_module_of_the_user_s_own_takes_the_model_s_place(fit: Fit) -> None:
+    options = [f"--model={__name__}.Toy", "--model.width=6", f"--data={__name__}.NoData"]
+    trainer, model, _ = fit(*options, "--optim.optimizer=NAMOD")
+    assert isinstance(model, Toy)
+    assert (model.layer.in_features, model.vocab_size) == (6, 7)
+    assert group_of(trainer)[0] is lightning_namo.NAMOD
+
+
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        ([], (4096, 256)),
+        (["--data.block_size=64"], (4096, 64)),
+        (["--model.vocab_size=5000", "--model.block_size=512"], (5000, 512)),
+        (["--data.data_dir=elsewhere", "--data.vocab_size=50257"], (50304, 256)),
+    ],
+)
+def test_a_gpt2_follows_its_data_unless_told_otherwise(fit: Fit, options: list[str], sizes: tuple[int, int]) -> None:
+    _, model, data = fit(*SMALL, *options)
+    assert isinstance(model, GPT2Module)
+    assert isinstance(data, TextDataModule)
+    assert (model.config.vocab_size, model.config.block_size) == sizes
+
+
+def test_runs_are_seeded_unless_told_otherwise(fit: Fit) -> None:
+    draws = []
+    for seed in ([], [], ["--seed_everything=1"]):
+        fit(*SMALL, *seed)
+        draws.append(torch.rand(()).item())
+    assert draws[0] == draws[1] != draws[2]
+
+
+def test_a_second_run_in_the_same_folder_overwrites_the_saved_config(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("One nation, and one text. " * 400)
+    main(["prepare", '--inputs=["text.txt"]', "--out_dir=tokens", "--vocab_size=300"])
+    sizes = [
+        "--data.data_dir=tokens",
+        "--data.block_size=16",
+        "--model.n_layer=1",
+        "--model.n_head=1",
+        "--model.n_embd=8",
+    ]
+    logger = '{"class_path": "CSVLogger", "init_args": {"save_dir": ".", "name": "logs", "version": "same"}}'
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=1"]
+    for lr in (0.01, 0.02):
+        options = ["--trainer.max_steps=1", f"--trainer.logger={logger}", f"--optim.optimizer.lr={lr}"]
+        main(["fit", *sizes, *quiet, *options])
+    saved = yaml.safe_load((tmp_path / "logs" / "same" / "config.yaml").read_text())
+    assert saved["optim"]["optimizer"]["init_args"]["lr"] == 0.02
+    assert saved["model"]["init_args"]["vocab_size"] == 320  # 300, rounded up to a multiple of 64
+
+
+def test_prepare_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [json.dumps({"text": f"Document {number} of ten, in a few words."}) for number in range(10)]
+    (tmp_path / "documents.jsonl").write_text("\n".join(lines))
+    main(["prepare", "--inputs+", "documents.jsonl", "--out_dir", "tokens", "--vocab_size", "300"])
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "tokens" / "meta.json").read_text())
+
+
+# ---------------------------------------------------------------------- wrong input
+
+OURS = "--optim.optimizer=NAMOD"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([OURS, "--optim.optimizer.lr=-1"], "-1 does not conform to restriction v>=0"),
+        ([OURS, "--optim.optimizer.lr=fast"], 'Parser key "lr"'),
+        ([OURS, "--optim.optimizer.momentum=1.5"], "1.5 does not conform to restriction v>=0 and v<1"),
+        ([OURS, "--optim.optimizer.clamp=2"], "does not conform to restriction v>=0 and v<=1"),
+        ([OURS, "--optim.optimizer.momentum=0.999"], "expected beta2 to be above momentum^2 = 0.998001"),
+        ([OURS, "--optim.optimizer.rate=1"], "Option 'rate' is not accepted"),
+        (["--optim.optimizer=NAMO", "--optim.optimizer.clamp=0.1"], "Option 'clamp' is not accepted"),
+        (["--optim.optimizer=NAMI"], 'Parser key "optim.optimizer"'),
+        (["--optim.optimizer=torch.optim.AdamW", "--optim.optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (
+            ["--optim.schedule.warmup=-1"],
+            "Expected warmup to be steps (a whole number) or a share in [0, 1] but got -1",
+        ),
+        (["--optim.schedule.warmup=1.5"], "a share in [0, 1] but got 1.5"),
+        (["--optim.schedule.warm=3"], "Option 'warm' is not accepted"),
+        (["--optim.adamw=*.nothing"], "Expected '*.nothing' in adamw to match a parameter"),
+        (
+            ["--optim.schedule.warmup=9", "--trainer.max_steps=5", "--optim.schedule.decay=0.1"],
+            "Expected a run of at least",
+        ),
+        (["--optimizer", "AdamW"], "Expected the optimizer under --optim.optimizer"),
+        (["--optimizer.lr=0.1"], "Got --optimizer.lr=0.1"),
+        (["--lr_scheduler=StepLR"], "its schedule under --optim.schedule"),
+        (
+            ['--config={"optimizer": {"class_path": "torch.optim.AdamW"}}'],
+            "Expected the optimizer under --optim.optimizer",
+        ),
+        (['--config={"optim": {"optimiser": "NAMO"}}'], "optim.optimiser"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--trainer.max_step=3"], "max_step"),
+        (["--trainer.accelerator=abacus"], "abacus"),
+        (["--model.n_embd=0"], "0 does not conform to restriction v>0"),
+        (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
+        (["--model=Unknown"], "Unknown"),
+        (["--optim.optimizer={class_path: NAMO"], "optim.optimizer"),
+        (["--optim.optimizer"], "expected one argument"),
+        (["--data.data_dir=nowhere"], "Expected nowhere/meta.json"),
+        (
+            ["--data.data_dir=nowhere", "--data.vocab_size=9"],
+            "Expected token ids in nowhere/train.bin",
+        ),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--data.global_batch_size=40"], "batch_size 16 x 1 data-parallel ranks. Got 16 sequences at a time"),
+        (
+            [f"--config={CONFIGS / 'strategy' / 'fsdp2_tp.yaml'}", "--trainer.accelerator=cpu", "--trainer.devices=3"],
+            "to be the number of processes (devices * num_nodes). Got 3 processes.",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.slow  # test_yaml_fuzz.py has fast ones
+def test_wrong_input_to_fit_is_one_clear_message(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, "fit", *QUIET, *SMALL, *options)
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [
+        ("not json", [], "Expected a JSON object in {path}, line 1"),
+        ('{"text": "one"}\n{"content": "two"}', [], "under 'text' in {path}, line 2. Got the keys ['content']"),
+        ('{"text": "one"}', ["--val_fraction=1"], "1 does not conform to restriction v>0 and v<1"),
+        ('{"text": "one"}\n{"text": "two"}', ["--vocab_size=9"], "Expected vocab_size from 257"),
+        ('{"text": "one"}', ["--colour=red"], "--colour=red"),
+    ],
+)
+def test_wrong_input_to_prepare_is_one_clear_message(
+    content: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "documents.jsonl"
+    path.write_text(content)
+    arguments = ["prepare", f'--inputs=["{path}"]', "--out_dir=tokens", *options]
+    assert message.format(path=path) in refused(capsys, *arguments)
+
+
+def test_loaders_of_a_module_do_not_give_way_to_the_recipes_text(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "fit", *QUIET, f"--model={__name__}.Toy", "--trainer.max_steps=1")
+    assert message.startswith("Expected one source of training data, but Toy has a train_dataloader and --data is")
+
+
+def test_a_bug_in_the_user_s_module_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="a bug of the user's own"):
+        main(["fit", *QUIET, f"--model={__name__}.Toy", f"--data={__name__}.NoData", "--trainer.max_steps=1"])
+
+
+class NoData(pl.LightningDataModule):
+    """Leaves the data to the module."""
+
+    def train_dataloader(self) -> list[torch.Tensor]:
+        return [torch.zeros(1)]
+
+
+def test_numbers_reach_the_optimizer_and_the_data_as_plain_numbers(fit: Fit) -> None:
+    trainer, model, data = fit(QUICKSTART, *SMALL, "--data.seed=3", "--optim.optimizer.eps=0")
+    _, group = group_of(trainer)
+    values = [*group.values(), *vars(model.config).values(), *vars(data).values()]
+    numbers = [value for value in values if isinstance(value, int | float)]
+    assert len(numbers) > 15
+    assert {type(number) for number in numbers} <= {int, float, bool}  # a checkpoint with others cannot be loaded
+
+
+def test_the_readme_s_python_runs_as_written() -> None:
+    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    names: dict[str, Any] = {"__name__": "readme"}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in blocks:
+            exec(block, names)
+    assert f"```text\n{printed.getvalue()}```" in readme
+    batch = (torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))
+    before = names["model"][0].weight.clone()
+    names["model"](torch.ones(2, 8)).sum().backward()
+    names["optimizer"].step()
+    assert not torch.equal(before, names["model"][0].weight)
+    module = names["LitModel"]()
+    module.training_step(batch, 0).backward()
+    assert isinstance(module.configure_optimizers(), lightning_namo.NAMOD)
+
+
+@pytest.mark.slow
+def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+    (tmp_path / "my_text.txt").write_text("Some text of one's own. " * 2000)
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    commands = re.findall(r"^(?:.*&& )?lightning-namo (.*?)(?: +#.*)?$", readme, flags=re.MULTILINE)
+    # Not here: what needs the network, GPUs or a checkpoint; test_prepare, test_configs and test_export have those.
+    elsewhere = re.compile(r"prepare openwebtext|fit --config configs/gpt2_|\w+ CKPT")
+    runnable = [command for command in commands if not elsewhere.match(command)]
+    assert len(runnable) >= 9
+    for command in runnable:
+        code: object = 0
+        try:
+            main(command.split())
+        except SystemExit as stop:  # of --print_config and help
+            code = stop.code
+        assert code == 0, command

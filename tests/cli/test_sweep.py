@@ -1,0 +1,117 @@
+"""Sweeps: what is run, that it goes on where it stopped, and the table."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_namo.cli.sweep import sweep
+from tests.helpers.forked import run_python
+
+ROOT = Path(__file__).parents[2]
+GRID = {
+    "config": str(ROOT / "configs/optim/namo.yaml"),
+    "values": {
+        "optim.optimizer.lr": [0.005, 0.012],
+        "trainer.max_steps": [2],
+        "trainer.val_check_interval": [2],
+        "trainer.limit_val_batches": [1],
+        "trainer.callbacks": [None],
+        "trainer.accelerator": ["cpu"],
+        "model.n_layer": [1],
+        "model.n_embd": [16],
+    },
+}
+
+
+def plan(folder: Path, **keys: object) -> str:
+    path = folder / "sweep.yaml"
+    whole = {"base": [str(ROOT / "configs/quickstart.yaml")], "out_dir": str(folder / "out"), "grids": [GRID], **keys}
+    path.write_text(yaml.safe_dump(whole))
+    return str(path)
+
+
+def fork(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+    """A run as the sweep starts it, in a fork of this process."""
+    assert (command[0], check) == (sys.executable, False)
+    return run_python(command[1:])
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_what_is_not_done_and_writes_one_table(data, tmp_path, monkeypatch):
+    (tmp_path / "data").symlink_to(data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    config, out = plan(tmp_path), tmp_path / "out"
+    first = sweep(config, job=1)
+    monkeypatch.setattr(subprocess, "run", fork)  # a new interpreter takes ten seconds of its own
+    assert (first["done"], first["runs"], first["best"]["run"]) == (1, 2, "namo_lr=0.012")
+    written = (out / "namo_lr=0.012/result.json").stat().st_mtime_ns
+    second = sweep(config)
+    assert (second["done"], (out / "namo_lr=0.012/result.json").stat().st_mtime_ns) == (2, written)
+    with (out / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["optim.optimizer.lr"]) for row in rows] == [
+        ("namo_lr=0.005", "0.005"),
+        ("namo_lr=0.012", "0.012"),
+    ]
+    losses = [float(row["val/loss"]) for row in rows]
+    assert losses[0] != losses[1]
+    assert all(8 < loss < 9 for loss in losses)  # log 4096 = 8.3 after two steps
+    assert second["best"]["val/loss"] == min(losses)
+
+
+def test_the_job_array_has_a_line_for_each_run(tmp_path):
+    lines = sweep(plan(tmp_path), print_jobs=True).splitlines()
+    assert len(lines) == 2
+    for line, lr in zip(lines, ("0.005", "0.012"), strict=True):
+        assert line.startswith("lightning-namo fit --config=")
+        assert f"--optim.optimizer.lr={lr}" in line
+        assert f"--trainer.logger.name=namo_lr={lr}" in line
+        assert "--trainer.callbacks=null" in line
+        assert "--ckpt_path=last" in line
+
+
+@pytest.mark.parametrize("size", ["small", "medium"])
+def test_the_published_grids_are_there(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = sweep(f"configs/sweeps/{size}.yaml", print_jobs=True).splitlines()
+    counts = {name: sum(f"configs/optim/{name}.yaml" in line for line in lines) for name in ("adamw", "namo", "namo_d")}
+    assert counts == {"adamw": 5, "namo": 5, "namo_d": 20}
+    assert all(f"configs/gpt2_{size}.yaml" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"grid": []}, r"Expected base, out_dir, grids .* Got .*'grid'"),
+        ({"grids": [{"values": {"optim.optimizer.lr": 0.1}}]}, r"to have values, from options to lists\. Got"),
+        ({"grids": ["configs/optim/namo.yaml"]}, r"Expected each grid"),
+    ],
+)
+def test_a_file_that_says_something_else_is_refused(keys, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sweep(plan(tmp_path, **keys))
+
+
+def test_jobs_and_files_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Expected a job from 0 to 1\. Got 2"):
+        sweep(plan(tmp_path), job=2)
+    with pytest.raises(ValueError, match="which does not exist"):
+        sweep(str(tmp_path / "none.yaml"))
+
+
+def test_a_run_that_fails_stops_the_sweep_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", fork)
+    grid = {**GRID, "values": {"model.n_layer": [-1]}}
+    with pytest.raises(ValueError, match=r"Expected namo to finish\. Got exit code 2"):
+        sweep(plan(tmp_path, grids=[grid]))
+    assert not list((tmp_path / "out").rglob("result.json"))

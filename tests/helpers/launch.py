@@ -1,0 +1,96 @@
+"""Start real processes in a gloo group, wait no longer than a deadline, and bring their answers or errors back.
+
+They are forked from a server that has imported what takes seconds (`preload`), and that ends with this process.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing.forkserver
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
+
+
+class WorkerError(RuntimeError):
+    """What the ranks raised, or that they hung."""
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def serve() -> None:
+    """Start the server, unless it runs. It keeps this environment: what it forks is to be given one of its own."""
+    with mock.patch.dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(sys.path)):
+        multiprocessing.forkserver.ensure_running()
+
+
+def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """Call ``worker(rank, *args)`` on every rank of a new group; its results by rank.
+
+    Raises:
+        WorkerError: With every rank's message, if one raised, or if one is still running after ``timeout`` seconds.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"} | ranks
+        call = pickle.dumps((worker, args))  # tensors by value: else each would take a file descriptor
+        serve()
+        processes = [
+            CONTEXT.Process(
+                target=_main,
+                args=(call, rank, folder, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+                daemon=True,
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + timeout
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        errors = [f"rank {r}: {p.read_text()}" for r in range(world_size) if (p := Path(folder, f"{r}.error")).exists()]
+        if hanging or errors or any(process.exitcode for process in processes):
+            codes = [process.exitcode for process in processes]
+            raise WorkerError(f"hanging ranks {hanging}, exit codes {codes}\n" + "\n".join(errors))
+        return [torch.load(Path(folder, f"{r}.pt"), weights_only=False) for r in range(world_size)]
+
+
+def _main(call: bytes, rank: int, folder: str, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        worker, args = pickle.loads(call)
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+        result = worker(rank, *args)
+        torch.save(result, Path(folder, f"{rank}.pt"))
+        # gloo's threads drop tensors late, and abort if Python is ending by then. Once nothing refers to the group any
+        # more (modules that FSDP2 sharded do, in cycles), destroying it waits for them.
+        gc.collect()
+        dist.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        os._exit(1)  # without waiting for the others, as a crashed rank does

@@ -1,0 +1,15 @@
+# ruff: noqa: F401
+"""What the server of `launch` imports, once for all processes that are forked from it. Nothing here starts a thread."""
+
+import gc
+
+import torch._dynamo
+import torch.distributed.run
+import torch.utils.tensorboard
+
+import lightning_namo.cli
+import lightning_namo.gpt2.summary
+from tests.distributed import test_checkpoints
+from tests.helpers import job, layouts, worker
+
+gc.freeze()  # what is here stays: no child's collector goes through it
