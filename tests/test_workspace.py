@@ -110,7 +110,7 @@ def test_the_arena_of_an_optimizer_keeps_its_size_and_whatever_lies_in_it_change
         for p, q in zip(matrices, twins, strict=True):
             p.grad = q.grad = torch.randn(p.shape, generator=generator)
         optimizer.step()
-        workspace = optimizer._plan()[2].workspace
+        workspace = optimizer._prepare()[2].workspace
         sizes.add(workspace.nbytes)
         workspace._arena.fill_(0xFF)  # NaN in every dtype
         twin.step()

@@ -30,16 +30,22 @@ from torch.profiler import profile, record_function
 
 from lightning_namo import NAMO, build_optimizer
 
-ROWS = {"_send_back": "results back", "_depart": "momentum to owners", "sum": "statistics", "work": "computation"}
-METHODS = {"_depart": 1, "_assemble": 0, "_send_back": 1, "_deliver": 0}  # of the exchange; which argument is parcels
+ROWS = {
+    "_send_results": "results back",
+    "_send_shards": "momentum to owners",
+    "sum": "statistics",
+    "work": "computation",
+}
+# Methods of the exchange, and which argument is the stacks.
+METHODS = {"_send_shards": 1, "_receive_shards": 0, "_send_results": 1, "_receive_results": 0}
 KINDS = {"cpu_op": "user_annotation"} | dict.fromkeys(("kernel", "gpu_memcpy", "gpu_memset"), "gpu_user_annotation")
 Bar = namedtuple("Bar", "row bucket taken_up begin end")  # times in ms; under way from begin on
 
 
 def mark(optimizer: NAMO) -> int:
     """Have a range "bucket NUMBER METHOD" in the trace wherever the exchange turns to a bucket; their number."""
-    _, _, exchange = optimizer._plan()
-    number = {parcel.indices[0]: k for k, parcels in enumerate(exchange.buckets) for parcel in parcels}
+    _, _, exchange = optimizer._prepare()
+    number = {stack.indices[0]: k for k, stacks in enumerate(exchange.buckets) for stack in stacks}
 
     def marked(function: Callable[..., Any], place: int, *args: Any) -> Any:
         with record_function(f"bucket {number[args[place][0].indices[0]]} {function.__name__}"):

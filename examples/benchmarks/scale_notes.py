@@ -17,7 +17,7 @@ from pathlib import Path
 from lightning_namo import NAMO, build_optimizer
 from lightning_namo.planning.cost_model import Estimate, Rates, estimate
 from lightning_namo.planning.models import MODELS, build_model
-from lightning_namo.planning.simulated_mesh import Grid
+from lightning_namo.planning.simulated_mesh import SimulatedMesh
 
 LAYOUTS = ("fsdp2", "hsdp", "ddp")
 BEGIN, END = "<!-- tables: examples/benchmarks/scale_notes.py -->", "<!-- end of tables -->"
@@ -29,7 +29,9 @@ def compute(model: str, ranks: Sequence[int]) -> dict[int, dict[str, Estimate]]:
     built = build_model(model)
     optimizer = build_optimizer(built.module, NAMO)
     return {
-        count: {layout: estimate(optimizer, Grid.of(layout, count), Rates(), built.tokens) for layout in LAYOUTS}
+        count: {
+            layout: estimate(optimizer, SimulatedMesh.of(layout, count), Rates(), built.tokens) for layout in LAYOUTS
+        }
         for count in ranks
     }
 

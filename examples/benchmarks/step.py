@@ -110,7 +110,7 @@ def run(
         steps[side.label]()  # plans, buffers, compilation
         steps[side.label]()
         scratch[side.label] = sum(
-            o._plan()[2].workspace.nbytes for o in optimizers if isinstance(o, OrthogonalizedOptimizer)
+            o._prepare()[2].workspace.nbytes for o in optimizers if isinstance(o, OrthogonalizedOptimizer)
         )  # taken at the first step and kept
         if side.label == "NAMO" and isinstance(optimizers[0], OrthogonalizedOptimizer) and mesh is not None:
             sharing = optimizers[0].sharing()

@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_namo.checkpoint.parameter_state import Held, State, whole
-from lightning_namo.sharding.layout import Block, Region, Span, stored_shape
+from lightning_namo.checkpoint.parameter_state import ParameterState, State, whole
+from lightning_namo.sharding.layout import FlatRange, Rectangle, ShardRegion, stored_shape
 from lightning_namo.sharding.local import local_tensor
 
 STATISTICS = ("step", "skipped", "v")  # kept in float32 at least, whatever the parameter's dtype
 
 
-def flat_form(held: Held) -> State:
+def flat_form(parameter: ParameterState) -> State:
     """The state of a parameter, in the flat form; see the module's docstring."""
-    state, dtype = held.state, torch.promote_types(held.parameter.dtype, torch.float32)
+    state, dtype = parameter.state, torch.promote_types(parameter.tensor.dtype, torch.float32)
     if "exp_avg" in state:
         return {
             "step": state["step"],
@@ -28,47 +28,51 @@ def flat_form(held: Held) -> State:
     second = torch.zeros_like(state["momentum_buffer"], dtype=dtype)
     if "v" in state:
         v = state["v"]
-        second += v if held.per_column is None else held.layout().spread(v[None], held.per_column, second.shape)[0]
+        second += (
+            v
+            if parameter.per_column is None
+            else parameter.layout().expand_to_shard(v[None], parameter.per_column, second.shape)[0]
+        )
     momentum = state["momentum_buffer"].to(dtype)
     return {"step": state["step"], "skipped": state["skipped"], "momentum_buffer": momentum, "exp_avg_sq": second}
 
 
-def plain_form(saved: State, held: Held) -> State:
-    """A saved state in the plain form, v as far as this rank has it (see `complete`), the rest as it was saved.
+def plain_form(saved: State, parameter: ParameterState) -> State:
+    """A saved state in the plain form; v as far as this rank has it, see `sync_statistics`.
 
     Args:
         saved: In either form, whole or cut as FSDP1 cuts it (which cuts v as well, as if it were the parameter).
-        held: The parameter.
+        parameter: The parameter.
     """
-    own = held.state
+    own = parameter.state
     if "exp_avg" in own:
         return {"exp_avg" if key == "momentum_buffer" else key: value for key, value in saved.items()}
     if "momentum_buffer" not in saved:
         return dict(saved)  # for `check_states` to refuse
     state = {key: value for key, value in saved.items() if key != "exp_avg_sq"}
     if "exp_avg_sq" in saved and "v" in own:
-        state["v"] = _collected(saved["exp_avg_sq"], held)
-    elif isinstance(v := saved.get("v"), Tensor) and held.per_column is not None and v.shape != own["v"].shape:
-        state["v"] = _uncut(v, own["v"], held.region)
+        state["v"] = _reduced_v(saved["exp_avg_sq"], parameter)
+    elif isinstance(v := saved.get("v"), Tensor) and parameter.per_column is not None and v.shape != own["v"].shape:
+        state["v"] = _whole_v(v, own["v"], parameter.region)
     return state
 
 
-def _collected(second: Any, held: Held) -> Any:
+def _reduced_v(second: Any, parameter: ParameterState) -> Any:
     """V from the flat form: whole, or the part that this rank's shard knows; one of another shape as it is."""
-    if held.per_column is None or not isinstance(second, Tensor):
+    if parameter.per_column is None or not isinstance(second, Tensor):
         return second
-    second = whole(second, held, "v")
-    if tuple(second.shape) == held.shape:
-        rows, cols = stored_shape(held.shape)
-        return held.layout(Block(0, rows, 0, cols)).collect(second[None], held.per_column)[0]
-    if second.shape != local_tensor(held.parameter).shape:
+    second = whole(second, parameter, "v")
+    if tuple(second.shape) == parameter.shape:
+        rows, cols = stored_shape(parameter.shape)
+        return parameter.layout(Rectangle(0, rows, 0, cols)).reduce_from_shard(second[None], parameter.per_column)[0]
+    if second.shape != local_tensor(parameter.tensor).shape:
         return second
-    return held.layout().collect(second[None], held.per_column)[0]
+    return parameter.layout().reduce_from_shard(second[None], parameter.per_column)[0]
 
 
-def _uncut(v: Tensor, own: Tensor, region: Region) -> Tensor:
+def _whole_v(v: Tensor, own: Tensor, region: ShardRegion) -> Tensor:
     """Put a cut of v back to where FSDP1 cut it out of the flattened v; a v of another size is left for the check."""
-    start, stop = (region.start, region.stop) if isinstance(region, Span) else (0, own.numel())
+    start, stop = (region.start, region.stop) if isinstance(region, FlatRange) else (0, own.numel())
     if v.dim() != 1 or v.numel() != max(min(stop, own.numel()) - start, 0):
         return v
     whole = torch.zeros_like(own).view(-1)
@@ -76,22 +80,22 @@ def _uncut(v: Tensor, own: Tensor, region: Region) -> Tensor:
     return whole.view(own.shape)
 
 
-def fill_empty(states: Sequence[State], held: Sequence[Held]) -> None:
-    """Give parameters of which nothing lies here their empty state: FSDP1 loads none for them."""
-    for state, h in zip(states, held, strict=True):
-        if h.region.numel == 0 and not state:
-            state.update({key: torch.zeros_like(value) for key, value in h.state.items()})
+def fill_empty(states: Sequence[State], parameters: Sequence[ParameterState]) -> None:
+    """Give parameters of which this rank holds nothing their empty state: FSDP1 loads none for them."""
+    for state, parameter in zip(states, parameters, strict=True):
+        if parameter.region.numel == 0 and not state:
+            state.update({key: torch.zeros_like(value) for key, value in parameter.state.items()})
 
 
-def complete(states: Sequence[State], held: Sequence[Held]) -> None:
-    """Share out scalars and v after a load under FSDP1, where a rank knows those of its shards. Collective."""
+def sync_statistics(states: Sequence[State], parameters: Sequence[ParameterState]) -> None:
+    """Make scalars and v the same on all ranks: a load under FSDP1 gives a rank those of its shards. Collective."""
     keys = [
         (state, key)
-        for state, h in zip(states, held, strict=True)
+        for state, parameter in zip(states, parameters, strict=True)
         for key in STATISTICS
-        if key in state and not (key == "v" and h.per_column is None)
+        if key in state and not (key == "v" and parameter.per_column is None)
     ]
-    device = local_tensor(held[0].parameter).device
+    device = local_tensor(parameters[0].tensor).device
     flat = torch.cat([state[key].reshape(-1).to(device, torch.float64) for state, key in keys])
     dist.all_reduce(flat, op=dist.ReduceOp.MAX)
     sizes = [state[key].numel() for state, key in keys]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_namo.checkpoint.parameter_state import Held, State, fits, like_own, state_words
+from lightning_namo.checkpoint.parameter_state import ParameterState, State, fits, like_own, state_words
 from lightning_namo.routing.names import clean_name
 
 STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None}  # keys, and what absence means
@@ -20,12 +20,14 @@ class Saved:
     states: list[State]
 
 
-def read(state_dict: Mapping[str, Any], held: Sequence[Held], groups: Sequence[dict[str, Any]], cls: str) -> Saved:
+def read(
+    state_dict: Mapping[str, Any], parameters: Sequence[ParameterState], groups: Sequence[dict[str, Any]], cls: str
+) -> Saved:
     """Bring a state dict into the order of the optimizer, by names where it has them.
 
     Args:
         state_dict: As `torch.optim.Optimizer.state_dict` makes it, or torch.distributed.checkpoint.
-        held: The optimizer's parameters, in the order of its groups.
+        parameters: The optimizer's parameters, in the order of its groups.
         groups: The optimizer's groups.
         cls: Name of the optimizer's class.
 
@@ -45,9 +47,9 @@ def read(state_dict: Mapping[str, Any], held: Sequence[Held], groups: Sequence[d
         ids = [i for group in theirs for i in group["params"]]
         ordered = list(theirs)
     else:
-        check_names(names, held)
-        ids = [names[clean_name(h.name)][1] for h in held]
-        ordered = _matching_groups(theirs, names, held, groups)
+        check_names(names, parameters)
+        ids = [names[clean_name(parameter.name)][1] for parameter in parameters]
+        ordered = _matching_groups(theirs, names, parameters, groups)
     for group, own in zip(ordered, groups, strict=True):
         _check_structure(group, own, cls)
     return Saved(ordered, [state_dict["state"].get(i, {}) for i in ids])
@@ -72,9 +74,9 @@ def saved_names(groups: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, Any
     return names
 
 
-def check_names(names: Iterable[str], held: Sequence[Held]) -> None:
+def check_names(names: Iterable[str], parameters: Sequence[ParameterState]) -> None:
     """Raise if the parameters of a checkpoint are others than the optimizer's."""
-    ours, theirs = [clean_name(h.name) for h in held], list(names)
+    ours, theirs = [clean_name(parameter.name) for parameter in parameters], list(names)
     missing, unknown = [n for n in ours if n not in set(theirs)], [n for n in theirs if n not in set(ours)]
     if missing or unknown:
         raise ValueError(
@@ -86,18 +88,18 @@ def check_names(names: Iterable[str], held: Sequence[Held]) -> None:
 def _matching_groups(
     theirs: Sequence[dict[str, Any]],
     names: Mapping[str, tuple[int, Any]],
-    held: Sequence[Held],
+    parameters: Sequence[ParameterState],
     groups: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
     """For each of the optimizer's groups the saved one with the same parameters."""
     ordered = []
     for group in groups:
-        members = [h for h in held if h.group is group]
-        places = [names[clean_name(h.name)][0] for h in members]
-        for h, place in zip(members, places, strict=True):
+        members = [parameter for parameter in parameters if parameter.group is group]
+        places = [names[clean_name(parameter.name)][0] for parameter in members]
+        for parameter, place in zip(members, places, strict=True):
             if place != places[0] or len(theirs[place]["params"]) != len(members):
                 raise ValueError(
-                    f"Expected the groups of the checkpoint to be the optimizer's, but {h.name} is in "
+                    f"Expected the groups of the checkpoint to be the optimizer's, but {parameter.name} is in "
                     f"{theirs[place].get('name', place)!r} with {len(theirs[place]['params'])} parameters there, and "
                     f"in {group['name']!r} with {len(members)} here. It is of another routing. Nothing was loaded."
                 )
@@ -116,35 +118,36 @@ def _check_structure(saved: Mapping[str, Any], own: Mapping[str, Any], cls: str)
             )
 
 
-def laid_out(states: Sequence[State], held: Sequence[Held]) -> list[State]:
+def laid_out(states: Sequence[State], parameters: Sequence[ParameterState]) -> list[State]:
     """New states, laid out as the optimizer keeps them, from what `check_states` has let pass; see `like_own`."""
     return [
-        {key: like_own(value, h, key) for key, value in state.items()} for state, h in zip(states, held, strict=True)
+        {key: like_own(value, parameter, key) for key, value in state.items()}
+        for state, parameter in zip(states, parameters, strict=True)
     ]
 
 
-def check_states(states: Sequence[State], held: Sequence[Held], cls: str) -> None:
+def check_states(states: Sequence[State], parameters: Sequence[ParameterState], cls: str) -> None:
     """Raise if the optimizer keeps another state of some parameter than a checkpoint holds.
 
     Args:
         states: In the plain form.
-        held: The optimizer's parameters.
+        parameters: The optimizer's parameters.
         cls: Name of the optimizer's class.
 
     Raises:
         ValueError: Naming the parameter, what was expected and what came.
     """
-    for state, h in zip(states, held, strict=True):
-        if not fits(state, h):
+    for state, parameter in zip(states, parameters, strict=True):
+        if not fits(state, parameter):
             frozen = (
                 " The parameter is frozen, and torch.distributed.checkpoint leaves out the state of frozen parameters: "
                 "set requires_grad=True while you save and load."
             )
             raise ValueError(
-                f"Expected the state of {h.name} to be {state_words(h.state)} but the checkpoint has "
+                f"Expected the state of {parameter.name} to be {state_words(parameter.state)} but the checkpoint has "
                 f"{state_words(state) or 'none'}. It is of another optimizer than {cls}, of another model or routing, "
                 "incomplete, or one rank's shards. To take over the momentum of another optimizer pass "
-                f"adopt_state=True.{'' if state or h.parameter.requires_grad else frozen} Nothing was loaded."
+                f"adopt_state=True.{'' if state or parameter.tensor.requires_grad else frozen} Nothing was loaded."
             )
 
 

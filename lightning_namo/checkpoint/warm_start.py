@@ -1,4 +1,4 @@
-"""Going on from another optimizer's checkpoint: its momentum is taken over, the rest starts anew, and it is said."""
+"""Going on from another optimizer's checkpoint: its momentum is taken over, other states start anew, with a warning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_namo.checkpoint.flat_form import plain_form
-from lightning_namo.checkpoint.parameter_state import Held, State, fits, like_own
+from lightning_namo.checkpoint.parameter_state import ParameterState, State, fits, like_own
 from lightning_namo.checkpoint.reading import check_names, saved_names, some
 from lightning_namo.routing.names import clean_name
 from lightning_namo.sharding.local import local_tensor
@@ -18,9 +18,9 @@ from lightning_namo.sharding.local import local_tensor
 BiasCorrection: TypeAlias = Callable[[float, Tensor], Tensor]  # from decay and number of steps
 
 
-def adopted(
+def warm_start_states(
     state_dict: Mapping[str, Any],
-    held: Sequence[Held],
+    parameters: Sequence[ParameterState],
     module: nn.Module | None,
     cls: str,
     reason: str,
@@ -30,7 +30,7 @@ def adopted(
 
     Args:
         state_dict: Of an optimizer over the same parameters, with ``momentum_buffer`` or ``exp_avg`` of the matrices.
-        held: The parameters of the optimizer that goes on.
+        parameters: The parameters of the optimizer that goes on.
         module: Whose parameters they are; gives names to a state dict that has none.
         cls: Name of the optimizer's class.
         reason: Why the state dict does not load as it is.
@@ -39,26 +39,26 @@ def adopted(
     Raises:
         ValueError: If it is of other parameters.
     """
-    saved = _by_name(state_dict, held, module, reason)
+    saved = _by_name(state_dict, parameters, module, reason)
     states, taken = [], {"momentum": 0, "whole": 0}
     fresh = []
-    for h in held:
-        group, theirs = saved[clean_name(h.name)]
-        state = {key: torch.zeros_like(value) for key, value in h.state.items()}
+    for parameter in parameters:
+        group, theirs = saved[clean_name(parameter.name)]
+        state = {key: torch.zeros_like(value) for key, value in parameter.state.items()}
         if "exp_avg" in state:
-            theirs = plain_form(theirs, h)
+            theirs = plain_form(theirs, parameter)
             whole = {key: theirs[key] for key in state if key in theirs}
             found = "whole" if whole.keys() == state.keys() else ""
-            state |= {key: _taken(value, h, key) for key, value in whole.items()} if found else {}
+            state |= {key: _taken(value, parameter, key) for key, value in whole.items()} if found else {}
         else:
-            momentum = _momentum(theirs, group, h, bias_correction)
+            momentum = _momentum(theirs, group, parameter, bias_correction)
             found = "" if momentum is None else "momentum"
             state["momentum_buffer"] = state["momentum_buffer"] if momentum is None else momentum
         states.append(state)
         if found:
             taken[found] += 1
-        elif h.region.numel:
-            fresh.append(h.name)
+        elif parameter.region.numel:
+            fresh.append(parameter.name)
     warnings.warn(
         f"{cls} goes on from another optimizer's checkpoint ({reason.partition('. ')[0]}). Taken over: the momentum of "
         f"{taken['momentum']} matrices, from which v starts, and the whole state of {taken['whole']} AdamW parameters. "
@@ -69,7 +69,7 @@ def adopted(
 
 
 def _by_name(
-    state_dict: Mapping[str, Any], held: Sequence[Held], module: nn.Module | None, reason: str
+    state_dict: Mapping[str, Any], parameters: Sequence[ParameterState], module: nn.Module | None, reason: str
 ) -> dict[str, tuple[dict[str, Any], State]]:
     """The group and the state of every parameter of a state dict."""
     groups, states = state_dict["param_groups"], state_dict["state"]
@@ -79,31 +79,33 @@ def _by_name(
         if all(isinstance(i, str) for _, i in ids):
             names = {clean_name(i): (index, i) for index, i in ids}
         else:
-            parameters = [] if module is None else [n for n, p in module.named_parameters() if p.requires_grad]
-            if len(groups) > 1 or len(parameters) != len(ids):
+            trained = [] if module is None else [n for n, p in module.named_parameters() if p.requires_grad]
+            if len(groups) > 1 or len(trained) != len(ids):
                 raise ValueError(f"{reason} It has no names of parameters either, so that none can be taken over.")
-            names = {clean_name(name): place for name, place in zip(parameters, ids, strict=True)}
-    check_names(names, held)
+            names = {clean_name(name): place for name, place in zip(trained, ids, strict=True)}
+    check_names(names, parameters)
     return {name: (groups[index], states.get(i, {})) for name, (index, i) in names.items()}
 
 
-def _taken(saved: Any, held: Held, key: str, dtype: torch.dtype | None = None) -> Tensor:
-    """An entry of another optimizer's state, as this one keeps it."""
-    if not fits(held.state | {key: saved}, held):
+def _taken(saved: Any, parameter: ParameterState, key: str, dtype: torch.dtype | None = None) -> Tensor:
+    """One state of another optimizer, laid out as this one keeps it."""
+    if not fits(parameter.state | {key: saved}, parameter):
         raise ValueError(
-            f"Expected {key} of {held.name} to have shape {tuple(held.state[key].shape)} but the checkpoint's has "
-            f"{tuple(getattr(saved, 'shape', ()))}. It is of another model. Nothing was loaded."
+            f"Expected {key} of {parameter.name} to have shape {tuple(parameter.state[key].shape)} but the "
+            f"checkpoint's has {tuple(getattr(saved, 'shape', ()))}. It is of another model. Nothing was loaded."
         )
-    return like_own(saved, held, key, dtype)
+    return like_own(saved, parameter, key, dtype)
 
 
-def _momentum(saved: State, group: Mapping[str, Any], held: Held, bias_correction: BiasCorrection) -> Tensor | None:
+def _momentum(
+    saved: State, group: Mapping[str, Any], parameter: ParameterState, bias_correction: BiasCorrection
+) -> Tensor | None:
     """The momentum of a matrix, free of its start at zero where the step and the decay are known."""
     momentum = saved.get("exp_avg", saved.get("momentum_buffer"))
     if not isinstance(momentum, Tensor):
         return None
-    dtype = torch.promote_types(held.parameter.dtype, held.state["momentum_buffer"].dtype)
-    taken = _taken(momentum, held, "momentum_buffer", dtype)
+    dtype = torch.promote_types(parameter.tensor.dtype, parameter.state["momentum_buffer"].dtype)
+    taken = _taken(momentum, parameter, "momentum_buffer", dtype)
     decay = group["betas"][0] if "betas" in group else group.get("momentum", 0.0)
     step = torch.as_tensor(saved.get("step", 0.0), dtype=torch.float64)
     local = local_tensor(taken)

@@ -55,8 +55,8 @@ def gradient_norm(module: nn.Module, parameters: Iterable[Tensor] | None = None)
     # of R ranks, R / count hold the same shard: the mean over the ranks of count ||shard||^2 counts it once
     double = any(parameter.dtype in (torch.float64, torch.complex128) for parameter in chosen)
     total = torch.zeros((), dtype=torch.float64 if double else torch.float32, device=device)
-    for count, held in grads.items():
-        total += _sum_of_squares(held, device) * count
+    for count, of_count in grads.items():
+        total += _sum_of_squares(of_count, device) * count
     return mean_over_ranks(total).sqrt()
 
 

@@ -175,7 +175,7 @@ def _check_finder(module: pl.LightningModule, optimizer: Optimizer, schedule: Sc
 
 
 def wrapped(module: pl.LightningModule) -> nn.Module:
-    """The module as the trainer's strategy wrapped it: FSDP1's outermost unit knows the shapes, and lies outside."""
+    """The module as the trainer's strategy wrapped it: FSDP1's outermost unit, which knows the shapes, is around it."""
     trainer = getattr(module, "_trainer", None)
     root = None if trainer is None else trainer.strategy.model
     return root if isinstance(root, nn.Module) and any(m is module for m in root.modules()) else module

@@ -28,9 +28,9 @@ def adamw_state(parameter: Tensor) -> dict[str, Tensor]:
 
 
 class AdamWStep:
-    """One step of all AdamW groups, in two halves: flags that all ranks must agree on, then the update.
+    """One step of all AdamW groups, in two halves: flags that are summed over the ranks, then the update.
 
-    A group with a gradient that is not finite, or has come on some ranks only, is skipped, weights and state, by the
+    A group with a gradient that is not finite, or is present on some ranks only, is skipped, weights and state, by the
     mechanism that torch's fused AdamW has for gradient scalers. On a device without a fused AdamW, the values from
     before the step are put back.
 
@@ -77,26 +77,26 @@ class AdamWStep:
         return self._largest.get(parameter, torch.zeros((), device=parameter.device)).float()
 
     def presence(self) -> list[Tensor]:
-        """For each group (2, parameters): ones where a gradient of what lies here has come, and where it has not."""
+        """For each group (2, parameters): where this rank holds a part with a gradient, and one without."""
         found = []
         for group, present in zip(self._groups, self._present, strict=True):
             one = torch.ones((), device=group["params"][0].device)
             zero, have = torch.zeros_like(one), {p for p, _ in present}
-            here = [local_tensor(p).numel() > 0 for p in group["params"]]
+            holds = [local_tensor(p).numel() > 0 for p in group["params"]]
             came = [p in have for p in group["params"]]
-            rows = [[held and has for held, has in zip(here, came, strict=True)]]
-            rows += [[held and not has for held, has in zip(here, came, strict=True)]]
+            rows = [[here and has for here, has in zip(holds, came, strict=True)]]
+            rows += [[here and not has for here, has in zip(holds, came, strict=True)]]
             # no list becomes a tensor: the device would wait for it
             found.append(torch.stack([torch.stack([one if flag else zero for flag in row]) for row in rows]))
         return found
 
-    def run(self, left_alone: Sequence[Tensor]) -> None:
+    def run(self, skipped: Sequence[Tensor]) -> None:
         """Update the groups.
 
         Args:
-            left_alone: For each group a number, the same on all ranks; where it is not zero the group stays as it is.
+            skipped: For each group a number, the same on all ranks; where it is not zero the group is skipped.
         """
-        for group, present, flag in zip(self._groups, self._present, left_alone, strict=True):
+        for group, present, flag in zip(self._groups, self._present, skipped, strict=True):
             for fused in (True, False):
                 chosen = [(p, grad) for p, grad in present if _can_fuse(p) == fused]
                 if chosen:

@@ -1,4 +1,4 @@
-"""An optimizer with two kinds of parameter groups, matrices and AdamW's: their keys, checks and state."""
+"""Parameter groups of two kinds, matrices and AdamW's: their keys, checks and state."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import itertools
 import numbers
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
-from lightning_namo.checkpoint.flat_form import complete, fill_empty, flat_form, plain_form
+from lightning_namo.checkpoint.flat_form import fill_empty, flat_form, plain_form, sync_statistics
 from lightning_namo.checkpoint.numbering import number_by_module
-from lightning_namo.checkpoint.parameter_state import Held
+from lightning_namo.checkpoint.parameter_state import ParameterState
 from lightning_namo.checkpoint.reading import STRUCTURE, check_states, laid_out, read
-from lightning_namo.checkpoint.warm_start import adopted
+from lightning_namo.checkpoint.warm_start import warm_start_states
 from lightning_namo.optim.adamw import adamw_state, check_memory
 from lightning_namo.optim.formulas import bias_correction
 from lightning_namo.optim.ranges import ADAMW_KEYS, RANGES, Range, check, check_keys, check_ranges, unknown_keys
@@ -26,7 +26,7 @@ from lightning_namo.polar.coefficients import newton_schulz_polynomials
 from lightning_namo.routing.names import parameter_label
 from lightning_namo.routing.split import ParameterGroups
 from lightning_namo.sharding.discovery import holds_fsdp1, region_of
-from lightning_namo.sharding.layout import Layout, Region
+from lightning_namo.sharding.layout import Layout, ShardRegion
 from lightning_namo.sharding.local import local_tensor
 
 Params: TypeAlias = Iterable[Any] | ParameterGroups
@@ -39,14 +39,14 @@ _numbers = itertools.count()  # of the optimizers of this process, copies too, i
 
 
 class GroupedOptimizer(Optimizer):
-    """Parameter groups and state of the optimizers; what is done with them is in `OrthogonalizedOptimizer`.
+    """Parameter groups and state of the optimizers; `OrthogonalizedOptimizer` adds the step.
 
     Parameter groups with ``orthogonalize=False`` are AdamW's. The others hold matrices: parameters of two or more
     dimensions, flattened from dimension 1, with output features as rows unless the group says ``transposed=True``,
     stacked by rows if it says ``blocks=k`` or ``blocks=[rows, ...]``. Any hyper-parameter can be set by group.
 
     State of a matrix: ``momentum_buffer`` like the parameter, in ``momentum_dtype``; ``step``; ``skipped``, the number
-    of steps that left it alone because its gradient was not finite or came on some ranks only; and what the subclass
+    of steps that skipped it because its gradient was not finite or present on some ranks only; and what the subclass
     adds. Statistics are float32, or float64 for float64 parameters.
 
     ``lr`` of a group, and ``weight_decay`` of one of matrices, may be tensors, so that a captured step follows a
@@ -59,11 +59,11 @@ class GroupedOptimizer(Optimizer):
 
     Args:
         params: What `split_parameters` returns, or torch's usual iterables and groups.
-        matrix_defaults: Hyper-parameters of matrix groups.
-        adamw_defaults: Hyper-parameters of AdamW groups: lr (None: that of the matrices), weight_decay, betas, eps.
+        defaults: Hyper-parameters of matrix groups; those with the prefix ``adamw_`` are of AdamW groups: lr (None:
+            that of the matrices), weight_decay, betas, eps.
 
     Raises:
-        ValueError: For hyper-parameters out of range, parameters that are no matrices, or no matrix at all.
+        ValueError: For hyper-parameters out of range, parameters that are not matrices, or no matrix at all.
         TypeError: For a module in place of parameters.
     """
 
@@ -75,30 +75,31 @@ class GroupedOptimizer(Optimizer):
     adamw_follows: bool = False
     _adamw_skipped: Tensor | None = None
     _warned: bool = False
-    _planned: Any = None  # what the step has worked out for these groups; None: nothing yet
+    _prepared: Any = None  # what the step has prepared for these groups
 
-    def __init__(self, params: Params, matrix_defaults: dict[str, Any], adamw_defaults: dict[str, Any]) -> None:
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: expected groups of parameters but got a module, {type(params).__name__}. "
                 f"{_ways(type(self).__name__)}"
             )
+        matrix_defaults = {key: value for key, value in defaults.items() if not key.startswith("adamw_")}
         check_ranges({key: _plain(value) for key, value in matrix_defaults.items()}, type(self).__name__, self.ranges)
         self._number = next(_numbers)
         self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
-        self.adamw_follows = adamw_defaults["lr"] is None
-        follows = {"lr": matrix_defaults["lr"]} if self.adamw_follows else {}
-        adamw_defaults = {**adamw_defaults, **follows}
+        self.adamw_follows = defaults["adamw_lr"] is None
+        adamw_defaults = {key: defaults[f"adamw_{key}"] for key in ("lr", "weight_decay", "betas", "eps")}
+        if self.adamw_follows:
+            adamw_defaults["lr"] = defaults["lr"]
         self._adamw_defaults = _adamw_group({key: _plain(value) for key, value in adamw_defaults.items()})
         self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
-        self._regions: dict[Tensor, tuple[tuple[int, ...], Region]] = {}
+        self._regions: dict[Tensor, tuple[tuple[int, ...], ShardRegion]] = {}
         self._module: Callable[[], torch.nn.Module | None] = _no_module
         if isinstance(params, ParameterGroups):
             self._templates = {p: (params.names[p], keys) for p, keys in params.templates.items()}
             self._regions = dict(params.regions.items())
             self._module = params.module
-        shared = {key: matrix_defaults[key] for key in ("lr", "weight_decay", "momentum")}
-        super().__init__(cast(Any, params), shared)
+        super().__init__(cast(Any, params), {key: defaults[key] for key in ("lr", "weight_decay", "momentum")})
         if (module := self._module()) is not None:
             number_by_module(self, module)
         if not any(group["orthogonalize"] and group["params"] for group in self.param_groups):
@@ -224,7 +225,7 @@ class GroupedOptimizer(Optimizer):
             group["ns_coefficients"] = [list(triple) for triple in polynomials]
 
     def _layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Layout:
-        """How a parameter's shard lies; raises if it is no real matrix or its blocks do not fit."""
+        """The layout of a parameter's shard; raises if it is no real matrix or its blocks do not fit."""
         name = parameter_label(name, self._module())
         shape, region = self._regions.get(parameter) or region_of(parameter, name)
         if len(shape) < 2:
@@ -289,7 +290,9 @@ class GroupedOptimizer(Optimizer):
         state_dict = super().state_dict()
         if holds_fsdp1(self._module()):
             ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-            state_dict["state"] = {i: flat_form(h) for i, h in zip(ids, self._held(), strict=True)}
+            state_dict["state"] = {
+                i: flat_form(parameter) for i, parameter in zip(ids, self._parameter_states(), strict=True)
+            }
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -313,52 +316,56 @@ class GroupedOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        held, module, has_adopted = self._held(), self._module(), False
+        parameters, module, has_adopted = self._parameter_states(), self._module(), False
         try:
-            groups, states = self._read(state_dict, held)
+            groups, states = self._read(state_dict, parameters)
         except ValueError as error:
             if not self.adopt_state:
                 raise
             groups = self.param_groups
-            states = adopted(state_dict, held, module, type(self).__name__, str(error), bias_correction)
+            states = warm_start_states(state_dict, parameters, module, type(self).__name__, str(error), bias_correction)
             self._start_from([state for state in states if "momentum_buffer" in state])
             has_adopted = True
         if holds_fsdp1(module):
-            complete(states, held)
+            sync_statistics(states, parameters)
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
-        for loaded, h in zip(states, held, strict=True):
-            state[h.parameter] = {key: value.to(h.state[key].dtype) for key, value in loaded.items()}
+        for loaded, parameter in zip(states, parameters, strict=True):
+            state[parameter.tensor] = {key: value.to(parameter.state[key].dtype) for key, value in loaded.items()}
         merged = [_merged(theirs, own) for theirs, own in zip(groups, self.param_groups, strict=True)]
         self.__setstate__({"state": state, "param_groups": merged})
         self.has_adopted = has_adopted
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _held(self) -> list[Held]:
+    def _parameter_states(self) -> list[ParameterState]:
         """The parameters, in the order of the groups."""
         self._fill_state()
-        held = []
+        parameters = []
         for group in self.param_groups:
             for name, parameter in zip(parameter_names(group), group["params"], strict=True):
                 shape, region = self._regions.get(parameter) or region_of(parameter, name)
                 per_column = self.per_column if self.adaptive and group["orthogonalize"] else None
-                held.append(Held(name, parameter, group, self.state[parameter], shape, region, per_column))
-        return held
+                parameters.append(
+                    ParameterState(name, parameter, group, self.state[parameter], shape, region, per_column)
+                )
+        return parameters
 
-    def _read(self, state_dict: dict[str, Any], held: list[Held]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    def _read(
+        self, state_dict: dict[str, Any], parameters: list[ParameterState]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Groups and states of this optimizer's own kind, checked."""
         cls = type(self).__name__
-        saved = read(state_dict, held, self.param_groups, cls)
-        states = [plain_form(state, h) for state, h in zip(saved.states, held, strict=True)]
+        saved = read(state_dict, parameters, self.param_groups, cls)
+        states = [plain_form(state, parameter) for state, parameter in zip(saved.states, parameters, strict=True)]
         if holds_fsdp1(self._module()):
-            fill_empty(states, held)
-        check_states(states, held, cls)
+            fill_empty(states, parameters)
+        check_states(states, parameters, cls)
         groups = []
         for theirs, own in zip(saved.groups, self.param_groups, strict=True):
             self._check_group(theirs, own)
             structure = {key: own[key] for key in ("name", *STRUCTURE, *ADDED_KEYS) if key in own}
             groups.append({**structure, **theirs})
-        return groups, laid_out(states, held)
+        return groups, laid_out(states, parameters)
 
     def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
         """Raise for hyper-parameters of a checkpoint that are missing or out of range."""
@@ -386,7 +393,7 @@ class GroupedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's, which calls it on load, too: a state that lacks what newer versions have gets their defaults."""
         super().__setstate__(state)
-        self._planned = None
+        self._prepared = None
         for group in self.param_groups:
             if group.setdefault("orthogonalize", True):
                 group.update({key: value for key, value in ADDED_KEYS.items() if key not in group})
@@ -408,23 +415,22 @@ class GroupedOptimizer(Optimizer):
         return {**{key: group[key] for key in keys}, "lr": group.get("initial_lr", group["lr"])}
 
     def skipped_steps(self) -> int:
-        """How often a matrix, or an AdamW group, was left alone (reads the device).
+        """How often a matrix, or an AdamW group, was skipped (reads the device).
 
-        That is where a gradient was not finite, or had come on some ranks only.
-
-        Matrices count in their state, AdamW groups since the optimizer was built.
+        It is skipped where a gradient is not finite, or is present on some ranks only. Matrices count in their state,
+        AdamW groups since the optimizer was built.
         """
         counts = [state["skipped"] for state in self.state.values() if "skipped" in state]
         if self._adamw_skipped is not None:
             counts.append(self._adamw_skipped)
         return int(torch.stack([count.float() for count in counts]).sum().item()) if counts else 0
 
-    def _count_adamw(self, left_alone: Sequence[Tensor]) -> None:
-        for flag in left_alone:
-            skipped = (flag > 0).float()
-            self._adamw_skipped = skipped if self._adamw_skipped is None else self._adamw_skipped + skipped
+    def _count_adamw(self, skipped: Sequence[Tensor]) -> None:
+        for flag in skipped:
+            count = (flag > 0).float()
+            self._adamw_skipped = count if self._adamw_skipped is None else self._adamw_skipped + count
 
-    def _warn_of_strays(self) -> None:
+    def _warn_of_ungrouped(self) -> None:
         """Warn, once, of parameters that were frozen when the optimizer was built and now have a gradient."""
         if self._warned or len(self._templates) <= len(self.state):
             return
@@ -473,6 +479,11 @@ def _drop_duplicates(group: dict[str, Any]) -> None:
         group["param_names"] = [names[index] for index in kept]
 
 
+def named_parameters(group: dict[str, Any]) -> Iterator[tuple[Tensor, str]]:
+    """The parameters of a group with their names."""
+    return zip(group["params"], parameter_names(group), strict=True)
+
+
 def parameter_names(group: dict[str, Any]) -> list[str]:
     """Parameter names of a group; numbers where torch was given none."""
     return cast("list[str]", group.get("param_names")) or [
@@ -511,6 +522,6 @@ def _validate_adamw(group: dict[str, Any]) -> None:
     check_ranges(group, "AdamW")
 
 
-def adamw_defaults(lr: float | None, betas: tuple[float, float], eps: float, weight_decay: float) -> dict[str, Any]:
-    """AdamW's hyper-parameters as a constructor takes them."""
-    return {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+def hyper_parameters(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters among the arguments of a constructor, ``locals()``."""
+    return {key: value for key, value in arguments.items() if key not in ("self", "params", "__class__")}

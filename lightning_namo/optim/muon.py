@@ -7,12 +7,12 @@ from torch import Tensor
 
 from lightning_namo import types
 from lightning_namo.optim import formulas
-from lightning_namo.optim.engine import Entry, OrthogonalizedOptimizer, Update
-from lightning_namo.optim.groups import Params, adamw_defaults, statistics_dtype
+from lightning_namo.optim.engine import MatrixParameter, OrthogonalizedOptimizer, Update
+from lightning_namo.optim.groups import Params, hyper_parameters, statistics_dtype
 from lightning_namo.optim.ranges import MomentumDtype
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.sharding.exchange import Exchange, Stacks
+from lightning_namo.sharding.exchange import Exchange, StackedTensors
 from lightning_namo.sharding.layout import Layout
 from lightning_namo.sharding.local import local_tensor, stack, unstack
 
@@ -39,7 +39,7 @@ class Muon(OrthogonalizedOptimizer):
         momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
-        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+        ValueError: For values out of range, parameters that are not matrices, or no matrix at all.
 
     References:
         Keller Jordan, kellerjordan.github.io/posts/muon; shape factor: "Muon is Scalable for LLM Training",
@@ -64,18 +64,7 @@ class Muon(OrthogonalizedOptimizer):
         adamw_weight_decay: types.NonNegativeFloat = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
-        matrix = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "orthogonalizer": orthogonalizer,
-            "shape_scale": shape_scale,
-            "momentum_dtype": momentum_dtype,
-        }
-        super().__init__(params, matrix, adamw_defaults(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+        super().__init__(params, hyper_parameters(locals()))
 
 
 class AdaMuon(OrthogonalizedOptimizer):
@@ -107,7 +96,7 @@ class AdaMuon(OrthogonalizedOptimizer):
         momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
-        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+        ValueError: For values out of range, parameters that are not matrices, or no matrix at all.
 
     References:
         "AdaMuon: Adaptive Muon Optimizer", arXiv 2507.11005.
@@ -133,20 +122,7 @@ class AdaMuon(OrthogonalizedOptimizer):
         adamw_weight_decay: types.NonNegativeFloat = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
-        matrix = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "beta2": beta2,
-            "eps": eps,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "orthogonalizer": orthogonalizer,
-            "shape_scale": shape_scale,
-            "momentum_dtype": momentum_dtype,
-        }
-        super().__init__(params, matrix, adamw_defaults(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+        super().__init__(params, hyper_parameters(locals()))
 
     def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
         return {"v": torch.zeros_like(parameter, dtype=dtype)}
@@ -154,33 +130,34 @@ class AdaMuon(OrthogonalizedOptimizer):
     def _shape_factor(self, shape: tuple[int, int], shape_scale: float | None) -> float:
         return formulas.adamuon_shape_factor(shape, shape_scale)
 
-    def _input(self, direction: Tensor) -> Tensor:
+    def _to_orthogonalize(self, direction: Tensor) -> Tensor:
         return direction.sign_()
 
-    def _finish(
+    def _apply(
         self,
-        entries: list[Entry],
+        parameters: list[MatrixParameter],
         exchange: Exchange,
-        bucket: Stacks,
+        bucket: StackedTensors,
         updates: dict[tuple[int, ...], Update],
     ) -> None:
-        """Replace O by U and the step size by the one that its norm over all ranks gives."""
+        """Replace O by U and the step size by the one that the norm of U over all ranks gives."""
         directions, partials = [], []
-        for parcel, ortho in bucket:
-            entry = entries[parcel[0]]
-            vs = [local_tensor(self.state[entries[i].parameter]["v"]) for i in parcel]
-            v, keys = stack(vs, exchange.workspace), {key: entry.group[key] for key in ("beta2", "eps")}
+        for indices, ortho in bucket:
+            first = parameters[indices[0]]
+            vs = [local_tensor(self.state[parameters[i].tensor]["v"]) for i in indices]
+            v, keys = stack(vs, exchange.workspace), {key: first.group[key] for key in ("beta2", "eps")}
             direction, new_v = formulas.adamuon_direction(ortho.view(v.shape), v, **keys)
-            v.copy_(torch.where(updates[parcel].ok.view(-1, *(1 for _ in vs[0].shape)), new_v, v))
+            v.copy_(torch.where(updates[indices].valid.view(-1, *(1 for _ in vs[0].shape)), new_v, v))
             unstack(v, vs)
-            directions.append((parcel, direction))
-            norm_sq = entry.layout.sums_of_squares(direction, False, statistics_dtype(entry.parameter))
-            partials.append((norm_sq if exchange.contributes(parcel[0]) else torch.zeros_like(norm_sq)).flatten())
+            directions.append((indices, direction))
+            norm_sq = first.layout.sums_of_squares(direction, False, statistics_dtype(first.tensor))
+            counts = exchange.is_primary_replica(indices[0])
+            partials.append((norm_sq if counts else torch.zeros_like(norm_sq)).flatten())
         if not partials:
             return
         totals = torch.split(exchange.sum(torch.cat(partials)), [part.numel() for part in partials])
-        for (parcel, _), total in zip(bucket, totals, strict=True):
-            update, eps = updates[parcel], entries[parcel[0]].group["eps"]
+        for (indices, _), total in zip(bucket, totals, strict=True):
+            update, eps = updates[indices], parameters[indices[0]].group["eps"]
             direction_sq = total.to(update.size.dtype).view(update.size.shape)
             update.size = formulas.adamuon_step_size(direction_sq, norm=update.size, eps=eps)
-        super()._finish(entries, exchange, directions, updates)
+        super()._apply(parameters, exchange, directions, updates)

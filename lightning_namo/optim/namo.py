@@ -12,7 +12,7 @@ from lightning_namo import types
 from lightning_namo.optim import formulas
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.formulas import Decay
-from lightning_namo.optim.groups import Params, adamw_defaults
+from lightning_namo.optim.groups import Params, hyper_parameters
 from lightning_namo.optim.ranges import POSITIVE_OR_NONE, RANGES, MomentumDtype, Range, check, choice, is_number
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
@@ -42,22 +42,22 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
 
     def _start_from(self, states: list[dict[str, Any]]) -> None:
         """The momentum counts as the gradient of a first step."""
-        entries, _, exchange = self._plan()
+        parameters, _, exchange = self._prepare()
         parts = [
-            entry.layout.sums_of_squares(
+            parameter.layout.sums_of_squares(
                 local_tensor(state["momentum_buffer"])[None], self.per_column, state["v"].dtype
             )
-            * exchange.contributes(i)
-            for i, (entry, state) in enumerate(zip(entries, states, strict=True))
+            * exchange.is_primary_replica(i)
+            for i, (parameter, state) in enumerate(zip(parameters, states, strict=True))
         ]
         totals = exchange.sum(torch.cat([part.flatten().to(exchange.device, torch.float64) for part in parts]))
         split = torch.split(totals, [part.numel() for part in parts])
-        for entry, state, total in zip(entries, states, split, strict=True):
+        for parameter, state, total in zip(parameters, states, split, strict=True):
             gradient, gradient_sq = state["momentum_buffer"], total.view(state["v"].shape).to(state["v"].dtype)
             state["momentum_buffer"] = torch.zeros_like(gradient)
-            formulas.update_momentum(gradient, state["momentum_buffer"], momentum=entry.group["momentum"])
+            formulas.update_momentum(gradient, state["momentum_buffer"], momentum=parameter.group["momentum"])
             first = torch.ones_like(state["step"])
-            _, v = self._step_size(entry.group, gradient_sq, gradient_sq, state["v"], first)
+            _, v = self._step_size(parameter.group, gradient_sq, gradient_sq, state["v"], first)
             state["v"] = state["v"] if v is None else v
             state["step"] = (total.sum() > 0).to(first.dtype)
 
@@ -96,7 +96,7 @@ class NAMO(_AdaptiveScale):
         momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
-        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+        ValueError: For values out of range, parameters that are not matrices, or no matrix at all.
 
     References:
         "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 1.
@@ -129,22 +129,7 @@ class NAMO(_AdaptiveScale):
         adamw_weight_decay: types.NonNegativeFloat = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
-        matrix = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "beta2": beta2,
-            "eps": eps,
-            "nesterov": nesterov,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "orthogonalizer": orthogonalizer,
-            "shape_scale": shape_scale,
-            "momentum_dtype": momentum_dtype,
-            "max_step": max_step,
-            "decay": decay,
-        }
-        super().__init__(params, matrix, adamw_defaults(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+        super().__init__(params, hyper_parameters(locals()))
 
     def _step_size(
         self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
@@ -187,7 +172,7 @@ class NAMOD(_AdaptiveScale):
         momentum_dtype: Of the momentum of matrices, "float32" or "bfloat16"; None: the parameter's.
 
     Raises:
-        ValueError: For values out of range, parameters that are no matrices, or no matrix at all.
+        ValueError: For values out of range, parameters that are not matrices, or no matrix at all.
 
     References:
         "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 2.
@@ -224,23 +209,7 @@ class NAMOD(_AdaptiveScale):
         adamw_weight_decay: types.NonNegativeFloat = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
-        matrix = {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "beta2": beta2,
-            "eps": eps,
-            "nesterov": nesterov,
-            "clamp": clamp,
-            "ns_steps": ns_steps,
-            "ns_coefficients": ns_coefficients,
-            "orthogonalizer": orthogonalizer,
-            "shape_scale": shape_scale,
-            "momentum_dtype": momentum_dtype,
-            "max_step": max_step,
-            "decay": decay,
-        }
-        super().__init__(params, matrix, adamw_defaults(adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay))
+        super().__init__(params, hyper_parameters(locals()))
 
     def _step_size(
         self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor

@@ -1,6 +1,6 @@
-"""What a step would cost on many ranks, from the exchange's own plan: no process is started, no weights are made.
+"""What a step would cost on many ranks, from the exchange's own assignment: no process is started, no weights are made.
 
-A model is built on the meta device, each rank's regions follow from the mesh by arithmetic, and `make_plan`, which runs
+A model is built on the meta device, each rank's regions follow from the mesh by arithmetic, and `assign`, which runs
 in training too, says who owns, sends and receives what. Times follow from the rates that are given.
 """
 
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_namo.optim.engine import Entry, OrthogonalizedOptimizer
+from lightning_namo.optim.engine import MatrixParameter, OrthogonalizedOptimizer
 from lightning_namo.optim.groups import parameter_names
 from lightning_namo.optim.muon import AdaMuon
 from lightning_namo.planning.memory import local_memory, peak_buffers
-from lightning_namo.planning.simulated_mesh import Grid
+from lightning_namo.planning.simulated_mesh import SimulatedMesh
 from lightning_namo.planning.traffic import BucketTraffic, overlapped, sent_and_received
 from lightning_namo.polar.iteration_dtype import iteration_dtype
 from lightning_namo.routing.names import clean_name
-from lightning_namo.sharding.assignment import Matrix, Plan, make_plan
-from lightning_namo.sharding.layout import Block
+from lightning_namo.sharding.assignment import Assignment, Matrix, assign
+from lightning_namo.sharding.layout import Rectangle
 
 DIVIDED = {  # by tensor parallelism, over which dimension
     "*.attn.c_attn.*": 0,
@@ -40,21 +40,21 @@ DIVIDED = {  # by tensor parallelism, over which dimension
 
 
 def find_divided(
-    optimizer: OrthogonalizedOptimizer, grid: Grid, divided: Mapping[str, int]
+    optimizer: OrthogonalizedOptimizer, mesh: SimulatedMesh, divided: Mapping[str, int]
 ) -> dict[Tensor, int | None]:
     """For every parameter the dimension that tensor parallelism divides, by its name.
 
     Raises:
-        ValueError: If the grid has tensor-parallel ranks and there is none.
+        ValueError: If the mesh has tensor-parallel ranks and there is none.
     """
     found: dict[Tensor, int | None] = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(parameter_names(group), group["params"], strict=True):
             dims = (dim for glob, dim in divided.items() if fnmatchcase(f".{clean_name(name)}", glob))
-            found[parameter] = next(dims, None) if grid.tensor > 1 else None
-    if grid.tensor > 1 and all(dim is None for dim in found.values()):
+            found[parameter] = next(dims, None) if mesh.tensor > 1 else None
+    if mesh.tensor > 1 and all(dim is None for dim in found.values()):
         raise ValueError(
-            f"Expected a model that {grid.tensor} tensor-parallel ranks divide, by names like {', '.join(divided)}. "
+            f"Expected a model that {mesh.tensor} tensor-parallel ranks divide, by names like {', '.join(divided)}. "
             "Got none of them. Take another layout, or estimate(..., divided={'glob': dimension}) in Python."
         )
     return found
@@ -106,12 +106,12 @@ class Rank:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step of an optimizer on the ranks of a grid.
+    """A step of an optimizer on the ranks of a mesh.
 
     Args:
-        grid: The ranks.
-        plan: The exchange's.
-        matrices: Whole, in the order of the plan.
+        mesh: The ranks.
+        assignment: The exchange's.
+        matrices: Whole, in the order of the assignment.
         elements: Of all parameters.
         ranks: By rank.
         reduced: Bytes of the all-reduces.
@@ -123,8 +123,8 @@ class Estimate:
         training_seconds: Of forward and backward passes: 6 FLOPs per parameter and token. None without tokens.
     """
 
-    grid: Grid
-    plan: Plan
+    mesh: SimulatedMesh
+    assignment: Assignment
     matrices: tuple[Matrix, ...]
     elements: int
     ranks: tuple[Rank, ...]
@@ -144,7 +144,7 @@ class Estimate:
     @property
     def bound(self) -> float:
         """FLOPs below which no plan can bring the busiest rank: an even share, or the largest matrix."""
-        return max(self.flops / self.grid.ranks, *(float(matrix.cost) for matrix in self.matrices))
+        return max(self.flops / self.mesh.ranks, *(float(matrix.cost) for matrix in self.matrices))
 
     @property
     def busiest(self) -> int:
@@ -154,7 +154,7 @@ class Estimate:
     @property
     def formula(self) -> float:
         """Bytes ``2 (R-1)/R * elements/R * itemsize`` that a rank sends on average where there are no replicas."""
-        ranks = self.grid.ranks
+        ranks = self.mesh.ranks
         return 2 * (ranks - 1) / ranks * sum(_bytes(matrix) for matrix in self.matrices) / ranks
 
     @property
@@ -165,12 +165,12 @@ class Estimate:
         return self.overlapped_seconds / (self.training_seconds + self.overlapped_seconds)
 
     def as_dict(self, owners: bool = False) -> dict[str, Any]:
-        """Plain numbers for JSON: all but the plan, of which the owners if asked for."""
+        """Plain numbers for JSON: all but the assignment, of which the owners if asked for."""
         words = ("reduced", "all_to_alls", "all_reduces", "elements", "flops", "bound", "busiest", "formula")
         times = ("compute_seconds", "communication_seconds", "overlapped_seconds", "training_seconds", "overhead")
-        named = {matrix.name: owner for matrix, owner in zip(self.matrices, self.plan.owners, strict=True)}
+        named = {matrix.name: owner for matrix, owner in zip(self.matrices, self.assignment.owners, strict=True)}
         return {
-            "grid": asdict(self.grid),
+            "grid": asdict(self.mesh),
             **{word: getattr(self, word) for word in (*words, *times)},
             "matrices": len(self.matrices),
             "ranks": [asdict(rank) for rank in self.ranks],
@@ -180,17 +180,17 @@ class Estimate:
 
 def estimate(
     optimizer: OrthogonalizedOptimizer,
-    grid: Grid,
+    mesh: SimulatedMesh,
     rates: Rates = Rates(),
     tokens_per_step: int | None = None,
     divided: Mapping[str, int] = DIVIDED,
     dtype: torch.dtype | None = None,
 ) -> Estimate:
-    """Plan the exchange of an optimizer whose parameters lie whole on this process, as if they were on a grid.
+    """Plan the exchange of an optimizer whose parameters lie whole on this process, as if they were on a mesh.
 
     Args:
         optimizer: Over a whole module, on the meta device if it is large; `bucket_bytes` is respected.
-        grid: The ranks.
+        mesh: The ranks.
         rates: For the times.
         tokens_per_step: Of all ranks, for the time of forward and backward passes.
         divided: From globs over names of parameters to the dimension that tensor parallelism divides.
@@ -199,24 +199,24 @@ def estimate(
             variable says otherwise. For ranks on CPUs give ``iteration_dtype("cpu")``.
 
     Raises:
-        ValueError: If the grid has tensor-parallel ranks and nothing to divide is found.
+        ValueError: If the mesh has tensor-parallel ranks and nothing to divide is found.
     """
-    entries, _, exchange = optimizer._plan()
+    parameters, _, exchange = optimizer._prepare()
     dtype = dtype or iteration_dtype(exchange.device.type)
-    whole, R = tuple(exchange.matrices), grid.ranks
-    dims = find_divided(optimizer, grid, divided)
-    plan = make_plan(publish(whole, entries, grid, dims), exchange.bucket_bytes)
-    traffic = [BucketTraffic.of(plan, bucket, whole, R) for bucket in plan.buckets]
-    buffers = peak_buffers(plan, entries, traffic, R, dtype)
-    memory = local_memory(optimizer, grid, dims)
+    whole, R = tuple(exchange.matrices), mesh.ranks
+    dims = find_divided(optimizer, mesh, divided)
+    assignment = assign(publish(whole, parameters, mesh, dims), exchange.bucket_bytes)
+    traffic = [BucketTraffic.of(assignment, bucket, whole, R) for bucket in assignment.buckets]
+    buffers = peak_buffers(assignment, parameters, traffic, R, dtype)
+    memory = local_memory(optimizer, mesh, dims)
     owned, flops = [0] * R, [0] * R
-    for owner, matrix in zip(plan.owners, whole, strict=True):
+    for owner, matrix in zip(assignment.owners, whole, strict=True):
         owned[owner] += 1
         flops[owner] += matrix.cost
     sent, received = ([sum(of_rank) for of_rank in zip(*lists, strict=True)] for lists in sent_and_received(traffic))
     ranks = tuple(map(Rank, owned, flops, sent, received, buffers, *memory))
-    replicated = R > 1 and (grid.replicas > 1 or (grid.tensor > 1 and None in dims.values()))
-    all_reduces, reduced = _all_reduces(optimizer, entries, len(plan.buckets), R, replicated)
+    replicated = R > 1 and (mesh.replicas > 1 or (mesh.tensor > 1 and None in dims.values()))
+    all_reduces, reduced = _all_reduces(optimizer, parameters, len(assignment.buckets), R, replicated)
     reducing = 2 * (R - 1) / R * reduced / rates.link_gbytes / 1e9
     sending = [bucket.shard_seconds(rates.link_gbytes) for bucket in traffic]
     returning = [bucket.result_seconds(rates.link_gbytes) for bucket in traffic]
@@ -224,8 +224,8 @@ def estimate(
     elements = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     rate = rates.peak_tflops * 1e12 * rates.model_flops_utilization * R
     return Estimate(
-        grid,
-        plan,
+        mesh,
+        assignment,
         whole,
         elements,
         ranks,
@@ -240,48 +240,57 @@ def estimate(
 
 
 def publish(
-    whole: Sequence[Matrix], entries: Sequence[Entry], grid: Grid, divided: Mapping[Tensor, int | None]
+    whole: Sequence[Matrix],
+    parameters: Sequence[MatrixParameter],
+    mesh: SimulatedMesh,
+    divided: Mapping[Tensor, int | None],
 ) -> list[list[Matrix]]:
-    """What every rank of a grid would publish of the matrices.
+    """What every rank of a mesh would publish of the matrices.
 
     Args:
         whole: The matrices, with any region.
-        entries: Their parameters.
-        grid: The ranks.
+        parameters: Their parameters.
+        mesh: The ranks.
         divided: The dimension of each parameter that tensor parallelism divides.
     """
 
     def of(shard: int, part: int) -> list[Matrix]:
-        known: dict[tuple[Any, ...], Block] = {}
+        known: dict[tuple[Any, ...], Rectangle] = {}
         rows = []
-        for matrix, entry in zip(whole, entries, strict=True):
-            key = entry.layout.shape, divided[entry.parameter]
+        for matrix, parameter in zip(whole, parameters, strict=True):
+            key = parameter.layout.shape, divided[parameter.tensor]
             if key not in known:
-                known[key] = grid.region(key[0], shard, part, key[1])
+                known[key] = mesh.region(key[0], shard, part, key[1])
             rows.append(Matrix(matrix.name, matrix.shape, matrix.dtype, matrix.cost, known[key]))
         return rows
 
-    return grid.each(of)
+    return mesh.each(of)
 
 
 def _all_reduces(
-    optimizer: OrthogonalizedOptimizer, entries: Sequence[Entry], buckets: int, ranks: int, replicated: bool
+    optimizer: OrthogonalizedOptimizer,
+    parameters: Sequence[MatrixParameter],
+    buckets: int,
+    ranks: int,
+    replicated: bool,
 ) -> tuple[int, int]:
     """Number of all-reduces of a step, and their bytes.
 
     The first has ``||G||^2``, ``||N||^2`` and flags of each parameter, two numbers of each rank, and where there are
     replicas, in float64, one number more of each matrix and two of the others.
     """
-    numbers = sum(2 * math.prod(entry.layout.statistic_shape(optimizer.per_column)) + 1 for entry in entries)
+    numbers = sum(2 * math.prod(parameter.layout.statistic_shape(optimizer.per_column)) + 1 for parameter in parameters)
     groups = [group["params"] for group in optimizer.param_groups if not group["orthogonalize"]]
     numbers += sum(1 + 2 * len(params) for params in groups if params) + 2 * ranks
     if replicated:
-        numbers += len(entries) + 2 * sum(map(len, groups))
-    itemsize = 8 if any(entry.parameter.dtype == torch.float64 for entry in entries) else 4
+        numbers += len(parameters) + 2 * sum(map(len, groups))
+    itemsize = 8 if any(parameter.tensor.dtype == torch.float64 for parameter in parameters) else 4
     size = numbers * (8 if replicated else itemsize)
     if not isinstance(optimizer, AdaMuon):
         return 1, size
-    return 1 + buckets, size + itemsize * sum(math.prod(entry.layout.statistic_shape(False)) for entry in entries)
+    return 1 + buckets, size + itemsize * sum(
+        math.prod(parameter.layout.statistic_shape(False)) for parameter in parameters
+    )
 
 
 def _bytes(matrix: Matrix) -> int:

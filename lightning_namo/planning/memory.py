@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_namo.optim.engine import Entry, OrthogonalizedOptimizer, wire_dtype
-from lightning_namo.planning.simulated_mesh import Grid
+from lightning_namo.optim.engine import MatrixParameter, OrthogonalizedOptimizer, wire_dtype
+from lightning_namo.planning.simulated_mesh import SimulatedMesh
 from lightning_namo.planning.traffic import BucketTraffic
-from lightning_namo.sharding.assignment import Plan
+from lightning_namo.sharding.assignment import Assignment
 
 SVD_WORKSPACE = 9.0
 """What the exact polar factor takes at most, times its argument, measured on a CPU."""
 
 
 def peak_buffers(
-    plan: Plan, entries: Sequence[Entry], traffic: Sequence[BucketTraffic], ranks: int, dtype: torch.dtype
+    assignment: Assignment,
+    parameters: Sequence[MatrixParameter],
+    traffic: Sequence[BucketTraffic],
+    ranks: int,
+    dtype: torch.dtype,
 ) -> list[int]:
-    """By rank: what lives at most in `Exchange.map` and what it calls."""
-    of_buckets = [_Scratch.of(plan, entries, bucket, ranks, dtype) for bucket in plan.buckets]
+    """By rank: the most bytes in use at a time in `Exchange.map` and what it calls."""
+    of_buckets = [_Scratch.of(assignment, parameters, bucket, ranks, dtype) for bucket in assignment.buckets]
     peaks = [0] * ranks
     for rank in range(ranks):
         none = _Scratch.none()
@@ -52,7 +56,7 @@ def peak_buffers(
 class _Scratch:
     """Bytes of one bucket on one rank."""
 
-    shards: int  # local directions, in the dtype that travels
+    shards: int  # local directions, in the wire dtype
     elementwise: int  # stacked gradients and momenta, and what is made of them
     owned: int  # whole matrices
     own: int  # the local part of the results of those
@@ -65,33 +69,38 @@ class _Scratch:
 
     @classmethod
     def of(
-        cls, plan: Plan, entries: Sequence[Entry], bucket: Sequence[int], ranks: int, dtype: torch.dtype
+        cls,
+        assignment: Assignment,
+        parameters: Sequence[MatrixParameter],
+        bucket: Sequence[int],
+        ranks: int,
+        dtype: torch.dtype,
     ) -> list[_Scratch]:
         """By rank, where the iteration runs in dtype."""
         shards, owned, own = ([0] * ranks for _ in range(3))
-        parcels: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
+        stacks: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
         for index in bucket:
-            itemsize, owner = wire_dtype(entries[index]).itemsize, plan.owners[index]
-            owned[owner] += math.prod(entries[index].layout.stored) * itemsize
-            own[owner] += plan.regions[owner][index].numel * itemsize
+            itemsize, owner = wire_dtype(parameters[index]).itemsize, assignment.owners[index]
+            owned[owner] += math.prod(parameters[index].layout.stored) * itemsize
+            own[owner] += assignment.regions[owner][index].numel * itemsize
             for rank in range(ranks):
-                shards[rank] += plan.regions[rank][index].numel * itemsize
-            parcels[owner, entries[index].layout.stored].append(index)
+                shards[rank] += assignment.regions[rank][index].numel * itemsize
+            stacks[owner, parameters[index].layout.stored].append(index)
         elementwise, applied, working = ([0] * ranks for _ in range(3))
         squares: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
-        for (owner, _), indices in parcels.items():
-            copies = (0, 0) if len(indices) == 1 else (2, 1)  # a single one is used as it lies
+        for (owner, _), indices in stacks.items():
+            copies = (0, 0) if len(indices) == 1 else (2, 1)  # a single matrix is not copied
             for rank in range(ranks):
-                local = sum(plan.regions[rank][i].numel * entries[i].parameter.itemsize for i in indices)
+                local = sum(assignment.regions[rank][i].numel * parameters[i].tensor.itemsize for i in indices)
                 elementwise[rank] = max(elementwise[rank], (2 + copies[0]) * local)
                 applied[rank] = max(applied[rank], (1 + copies[1]) * local)
-            for m, n in (shape for i in indices for shape in entries[i].layout.matrix_shapes):
-                short, wire = min(m, n), wire_dtype(entries[indices[0]])
+            for m, n in (shape for i in indices for shape in parameters[i].layout.matrix_shapes):
+                short, wire = min(m, n), wire_dtype(parameters[indices[0]])
                 squares[owner][short] += (m * n + 4 * short * short) * dtype.itemsize
                 if dtype != wire:  # it ends in a tensor of its own; the results are made after the squares are freed
                     squares[owner][short] += m * n * (dtype.itemsize - wire.itemsize)
-            if entries[indices[0]].group["orthogonalizer"] == "svd":
-                sizes = [math.prod(entries[i].layout.stored) * entries[i].parameter.itemsize for i in indices]
+            if parameters[indices[0]].group["orthogonalizer"] == "svd":
+                sizes = [math.prod(parameters[i].layout.stored) * parameters[i].tensor.itemsize for i in indices]
                 working[owner] = max(working[owner], int(SVD_WORKSPACE * sum(sizes)))
         for owner, of_shorts in squares.items():
             working[owner] = max(working[owner], *of_shorts.values())
@@ -99,9 +108,9 @@ class _Scratch:
 
 
 def local_memory(
-    optimizer: OrthogonalizedOptimizer, grid: Grid, divided: Mapping[Tensor, int | None]
+    optimizer: OrthogonalizedOptimizer, mesh: SimulatedMesh, divided: Mapping[Tensor, int | None]
 ) -> tuple[list[int], ...]:
-    """By rank: bytes of parameters, gradients, state, and AdamW's state; what is no shard lies on every rank."""
+    """By rank: bytes of parameters, gradients, state, and AdamW's state; every rank holds all statistics."""
     kinds: dict[tuple[Any, ...], tuple[int, int, int]] = defaultdict(lambda: (0, 0, 0))
     fixed = 0
     for parameter, dim in divided.items():
@@ -113,11 +122,11 @@ def local_memory(
         kinds[key] = sums[0] + itemsize, sums[1] + like, sums[2] + 2 * itemsize
 
     def of(shard: int, part: int) -> tuple[int, int, int]:
-        numels = [grid.region(shape, shard, part, dim).numel for shape, dim in kinds]
+        numels = [mesh.region(shape, shard, part, dim).numel for shape, dim in kinds]
         weights, like, adamw = (
             sum(numel * kind[i] for numel, kind in zip(numels, kinds.values(), strict=True)) for i in range(3)
         )
         return weights, like + fixed, adamw
 
-    weights, state, adamw = (list(column) for column in zip(*grid.each(of), strict=True))
+    weights, state, adamw = (list(column) for column in zip(*mesh.each(of), strict=True))
     return weights, weights, state, adamw

@@ -15,7 +15,7 @@ from lightning_namo.gpt2.module import GPT2Module, follow_data
 from lightning_namo.integration.build import build_optimizer
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
-from lightning_namo.planning.simulated_mesh import Grid
+from lightning_namo.planning.simulated_mesh import SimulatedMesh
 
 
 class Llama(nn.Module):
@@ -119,10 +119,10 @@ def make_optimizer(module: nn.Module, callback: OptimizerCallback) -> Orthogonal
     return optimizer
 
 
-def check_heads(module: nn.Module, grid: Grid) -> None:
+def check_heads(module: nn.Module, mesh: SimulatedMesh) -> None:
     """Raise a ValueError if tensor-parallel ranks do not divide the heads of a GPT-2."""
     for part in module.modules():
-        if isinstance(part, GPT2) and part.config.n_head % grid.tensor:
+        if isinstance(part, GPT2) and part.config.n_head % mesh.tensor:
             raise ValueError(
-                f"Expected tensor, {grid.tensor}, to divide the attention heads. Got {part.config.n_head} heads."
+                f"Expected tensor, {mesh.tensor}, to divide the attention heads. Got {part.config.n_head} heads."
             )

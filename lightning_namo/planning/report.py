@@ -14,7 +14,7 @@ from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
 from lightning_namo.planning.cost_model import Estimate, Rank, Rates, estimate
 from lightning_namo.planning.models import Built, build_model, check_heads, make_optimizer
-from lightning_namo.planning.simulated_mesh import LAYOUTS, Grid
+from lightning_namo.planning.simulated_mesh import LAYOUTS, SimulatedMesh
 
 
 def plan(
@@ -76,18 +76,18 @@ def plan(
     built = build_model(model, data)
     settings = getattr(trainer, "keywords", {})
     layout, replicas, tensor = _sizes(built, settings, layout, replicas, tensor)
-    grid = Grid.of(layout, ranks, replicas, tensor)
-    check_heads(built.module, grid)
+    mesh = SimulatedMesh.of(layout, ranks, replicas, tensor)
+    check_heads(built.module, mesh)
     optimizer = make_optimizer(built.module, optim or OptimizerCallback())
     optimizer.bucket_bytes = int(bucket_mib * 2**20)
-    tokens = tokens_per_step or built.tokens or _tokens(data, settings, grid)
+    tokens = tokens_per_step or built.tokens or _tokens(data, settings, mesh)
     rates = Rates(link_gbytes, tflops, peak_tflops, model_flops_utilization)
-    result = estimate(optimizer, grid, rates, tokens)
+    result = estimate(optimizer, mesh, rates, tokens)
     if json:
         return result.as_dict(owners)
     lines = [report(result, f"{type(optimizer).__name__} for {title} on {ranks} ranks, {layout}", rates, tokens)]
     if owners:
-        named = zip(result.plan.owners, result.matrices, strict=True)
+        named = zip(result.assignment.owners, result.matrices, strict=True)
         lines += ["", *table([("owner", "matrix", "shape"), *((f"{o}", m.name, f"{m.shape}") for o, m in named)])]
     return "\n".join(lines)
 
@@ -113,25 +113,25 @@ def _sizes(
     )
 
 
-def _tokens(data: LightningDataModule | None, settings: dict[str, Any], grid: Grid) -> int | None:
+def _tokens(data: LightningDataModule | None, settings: dict[str, Any], mesh: SimulatedMesh) -> int | None:
     """Tokens of a step of a recipe, where its data are a `TextDataModule`."""
     if not isinstance(data, TextDataModule):
         return None
-    accumulated = settings.get("accumulate_grad_batches", 1) * grid.replicas * grid.shards
+    accumulated = settings.get("accumulate_grad_batches", 1) * mesh.replicas * mesh.shards
     sequences = data.global_batch_size or data.batch_size * accumulated
     return int(sequences * data.block_size)
 
 
 def report(result: Estimate, title: str, rates: Rates, tokens: int | None = None) -> str:
     """An estimate as text: a head, and the busiest and idlest ranks."""
-    grid, ranks, seconds = result.grid, result.ranks, result.overlapped_seconds
+    mesh, ranks, seconds = result.mesh, result.ranks, result.overlapped_seconds
     elements = sum(math.prod(matrix.shape) for matrix in result.matrices)
     sent = [rank.sent for rank in ranks]
     idle = sum(rank.matrices == 0 for rank in ranks)
     everything = result.flops / rates.tflops / 1e12
     most = {name: max(getattr(rank, name) for rank in ranks) for name in Rank.__dataclass_fields__}
     lines = [
-        f"{title}: {grid.replicas} replicas x {grid.shards} shards x {grid.tensor} tensor. Computed, not measured.",
+        f"{title}: {mesh.replicas} replicas x {mesh.shards} shards x {mesh.tensor} tensor. Computed, not measured.",
         "",
         *table(
             [
@@ -142,11 +142,11 @@ def report(result: Estimate, title: str, rates: Rates, tokens: int | None = None
                     f"{result.busiest:.3g}",
                     f"{result.busiest / result.bound:.3f} of the bound max(total/R, largest) = {result.bound:.3g}",
                 ),
-                ("  ranks without work", f"{idle}", f"of {grid.ranks}"),
+                ("  ranks without work", f"{idle}", f"of {mesh.ranks}"),
                 ("sent per rank", size(sum(sent) / len(sent)), f"mean; most {size(max(sent))}"),
                 ("  formula", size(result.formula), "2 (R-1)/R * elements/R * itemsize, for no replicas"),
                 ("collectives", f"{result.all_to_alls + result.all_reduces}", _collectives(result)),
-                ("peak buffers", size(most["buffers"]), f"of a rank, {len(result.plan.buckets)} buckets"),
+                ("peak buffers", size(most["buffers"]), f"of a rank, {len(result.assignment.buckets)} buckets"),
                 ("parameters", size(most["parameters"]), "of a rank, as much again for gradients"),
                 ("optimizer state", size(most["state"]), f"of a rank; AdamW for all: {size(most['adamw_state'])}"),
                 (

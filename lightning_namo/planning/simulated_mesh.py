@@ -1,4 +1,4 @@
-"""Ranks as a grid, and what each holds of a parameter under a parallel strategy: arithmetic, without processes."""
+"""Ranks as a mesh, and what each holds of a parameter under a parallel strategy: arithmetic, without processes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_namo.sharding.layout import Block, stored_shape
+from lightning_namo.sharding.layout import Rectangle, stored_shape
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
 
 
 @dataclass(frozen=True)
-class Grid:
+class SimulatedMesh:
     """Ranks as replicas x shards x tensor-parallel ranks, the last ones neighbours: DDP has replicas only.
 
     Args:
@@ -27,8 +27,8 @@ class Grid:
     tensor: int
 
     @classmethod
-    def of(cls, layout: str, ranks: int, replicas: int | None = None, tensor: int | None = None) -> Grid:
-        """The grid of a layout.
+    def of(cls, layout: str, ranks: int, replicas: int | None = None, tensor: int | None = None) -> SimulatedMesh:
+        """The mesh of a layout.
 
         Args:
             layout: "ddp", "fsdp2", "hsdp" or "fsdp2_tp".
@@ -60,7 +60,7 @@ class Grid:
         """How many there are."""
         return self.replicas * self.shards * self.tensor
 
-    def region(self, shape: Sequence[int], shard: int, part: int, divided: int | None = None) -> Block:
+    def region(self, shape: Sequence[int], shard: int, part: int, divided: int | None = None) -> Rectangle:
         """The region of a parameter that a rank holds.
 
         Args:
@@ -77,8 +77,8 @@ class Grid:
             inner = cols // shape[1]
             col, col_end = (bound * inner for bound in chunk(shape[1], self.tensor, part))
         first, last = chunk(end - begin, self.shards, shard)
-        region = Block(begin + first, begin + last, col, col_end)
-        return region if region.numel else Block(0, 0, 0, 0)
+        region = Rectangle(begin + first, begin + last, col, col_end)
+        return region if region.numel else Rectangle(0, 0, 0, 0)
 
     def each(self, of: Callable[[int, int], Any]) -> list[Any]:
         """What a function of (shard, part) gives for each rank; called once for all replicas."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_namo.sharding.assignment import Matrix, Plan
+from lightning_namo.sharding.assignment import Assignment, Matrix
 
 
 @dataclass(frozen=True)
@@ -19,18 +19,18 @@ class BucketTraffic:
     flops: list[int]
 
     @classmethod
-    def of(cls, plan: Plan, bucket: Sequence[int], whole: Sequence[Matrix], ranks: int) -> BucketTraffic:
+    def of(cls, assignment: Assignment, bucket: Sequence[int], whole: Sequence[Matrix], ranks: int) -> BucketTraffic:
         """From who owns, sends and receives what."""
         traffic = cls(*([0] * ranks for _ in range(5)))
         for index in bucket:
-            owner, itemsize = plan.owners[index], whole[index].dtype.itemsize
+            owner, itemsize = assignment.owners[index], whole[index].dtype.itemsize
             traffic.flops[owner] += whole[index].cost
-            for region, sender in plan.senders[index].items():
+            for region, sender in assignment.senders[index].items():
                 if sender != owner:
                     size = region.numel * itemsize
                     traffic.shards_sent[sender] += size
                     traffic.shards_received[owner] += size
-            for rank, of_rank in enumerate(plan.regions):
+            for rank, of_rank in enumerate(assignment.regions):
                 if rank != owner:
                     size = of_rank[index].numel * itemsize
                     traffic.results_sent[owner] += size

@@ -36,7 +36,7 @@ def newton_schulz(
 ) -> list[Tensor]:
     """Polar factors of batches (B, m, n), in their dtypes; those of one short side go through the iteration together.
 
-    The transpose's polar factor is the transpose: a batch that is stored transposed is iterated as it lies.
+    The transpose's polar factor is the transpose: a batch that is stored transposed is iterated without a copy.
     """
     results = [torch.zeros_like(batch) if batch.numel() == 0 else batch for batch in batches]
     together: dict[tuple[int, tuple[int, ...], torch.dtype, torch.device], list[int]] = defaultdict(list)

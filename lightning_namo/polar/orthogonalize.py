@@ -85,7 +85,7 @@ def orthogonalize(
     given = [matrix.detach() for matrix in ([matrices] if isinstance(matrices, Tensor) else matrices)]
     for index, matrix in enumerate(given):
         if matrix.dim() not in (2, 3):
-            which = "it" if isinstance(matrices, Tensor) else f"entry {index}"
+            which = "it" if isinstance(matrices, Tensor) else f"matrix {index} of the list"
             raise ValueError(
                 f"Expected matrices (m, n) or batches (B, m, n) but {which} has shape {tuple(matrix.shape)}. Flatten "
                 "it from dimension 1 on, or leave it out."

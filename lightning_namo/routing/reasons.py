@@ -23,7 +23,7 @@ class Route(NamedTuple):
 
     Attributes:
         name: Its first name in the module, without what wrappers add.
-        shape: Its full shape as stored, whatever part of it lies on this process.
+        shape: Its full shape as stored, whatever part of it this process holds.
         group: Name of its parameter group, or "frozen".
         reason: Why, in words.
     """
@@ -135,7 +135,7 @@ def is_hugging_face_conv1d(owner: nn.Module) -> bool:
 
 
 def _is_layer(owner: nn.Module) -> bool:
-    """Whether a module is one whose weights are matrices."""
+    """Whether the weights of a module are matrices."""
     return isinstance(owner, _LAYERS) or is_hugging_face_conv1d(owner)
 
 
@@ -148,22 +148,22 @@ def _is_weight(use: Use) -> bool:
     return _is_layer(use.owner) and "weight" in use.label and not use.label.endswith(("_g", ".original0"))
 
 
-def adamw_reason(entry: Candidate, heads: set[nn.Parameter]) -> str | None:
+def adamw_reason(candidate: Candidate, heads: set[nn.Parameter]) -> str | None:
     """Why a parameter is no hidden matrix; None if it is one."""
-    first, shape = entry.uses[0], entry.shape
-    if entry.parameter.is_complex():
+    first, shape = candidate.uses[0], candidate.shape
+    if candidate.parameter.is_complex():
         return "complex"
-    if any(isinstance(use.owner, EMBEDDINGS) for use in entry.uses):
+    if any(isinstance(use.owner, EMBEDDINGS) for use in candidate.uses):
         return "embedding" if isinstance(first.owner, EMBEDDINGS) else "output head"
-    if any(_is_norm(use.owner) for use in entry.uses):
+    if any(_is_norm(use.owner) for use in candidate.uses):
         return "norm"
     if len(shape) < 2:
         return "scalar" if not shape else "bias" if "bias" in first.label else "vector"
-    if entry.parameter in heads:
+    if candidate.parameter in heads:
         return "output head"
-    if sum(size > 1 for size in shape) < 2 and not any(_is_weight(use) for use in entry.uses):
+    if sum(size > 1 for size in shape) < 2 and not any(_is_weight(use) for use in candidate.uses):
         return "vector with dimensions of size 1"
-    if any(_EMBEDDING_NAME.search(use.label.lower()) and not _is_layer(use.owner) for use in entry.uses):
+    if any(_EMBEDDING_NAME.search(use.label.lower()) and not _is_layer(use.owner) for use in candidate.uses):
         return "embedding by its name"
     return None
 

@@ -19,7 +19,7 @@ from lightning_namo.routing.globs import overrule, set_blocks
 from lightning_namo.routing.names import walk
 from lightning_namo.routing.reasons import Candidate, Use, adamw_reason, declared_heads, head_by_width, times
 from lightning_namo.sharding.discovery import find_regions, reshard
-from lightning_namo.sharding.layout import Region
+from lightning_namo.sharding.layout import ShardRegion
 
 
 class ParameterGroups(list[dict[str, Any]]):
@@ -34,21 +34,21 @@ class ParameterGroups(list[dict[str, Any]]):
         routes: One `Route` per parameter, in the order of the module.
         templates: For every parameter, frozen ones too, the keys that its group has beside ``"params"``.
         names: For every parameter its name, as in `Route`.
-        regions: For every parameter its full shape, and the region of it that lies on this process.
+        regions: For every parameter its full shape, and the region of it that this process holds.
         module: Weak reference to the module.
     """
 
-    def __init__(self, module: nn.Module, entries: list[Candidate], regions: _Regions) -> None:
+    def __init__(self, module: nn.Module, candidates: list[Candidate], regions: _Regions) -> None:
         groups: dict[str, dict[str, Any]] = {}
-        for entry in entries:
-            if entry.parameter.requires_grad:
-                template = entry.template
+        for candidate in candidates:
+            if candidate.parameter.requires_grad:
+                template = candidate.template
                 group = groups.setdefault(template["name"], {"params": [], **template})
-                group["params"].append((entry.name, entry.parameter))
+                group["params"].append((candidate.name, candidate.parameter))
         super().__init__(sorted(groups.values(), key=lambda group: not group["orthogonalize"]))
-        self.routes = [entry.route for entry in entries]
-        self.templates = {entry.parameter: entry.template for entry in entries}
-        self.names = {entry.parameter: entry.name for entry in entries}
+        self.routes = [candidate.route for candidate in candidates]
+        self.templates = {candidate.parameter: candidate.template for candidate in candidates}
+        self.names = {candidate.parameter: candidate.name for candidate in candidates}
         self.regions = regions
         self.module = weakref.ref(module)
 
@@ -103,31 +103,31 @@ def split_parameters(
         raise TypeError(f"Expected a module, whose parameters are split by what they are, but got {module!r:.80}.")
     reshard(module)
     regions = find_regions(module)
-    entries = _find_entries(module, regions)
+    candidates = _find_candidates(module, regions)
     heads = {*declared_heads(module), *head_by_width(module)}
-    for entry in entries:
-        entry.adamw = adamw_reason(entry, heads)
-    overrule(entries, adamw, orthogonalize)
-    set_blocks(entries, blocks or {})
-    if not any(entry.adamw is None and entry.parameter.requires_grad for entry in entries):
-        listed = [f"{entry.name} ({entry.route.reason})" for entry in entries]
+    for candidate in candidates:
+        candidate.adamw = adamw_reason(candidate, heads)
+    overrule(candidates, adamw, orthogonalize)
+    set_blocks(candidates, blocks or {})
+    if not any(candidate.adamw is None and candidate.parameter.requires_grad for candidate in candidates):
+        listed = [f"{candidate.name} ({candidate.route.reason})" for candidate in candidates]
         more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
         raise ValueError(
             f"Expected a trainable matrix to orthogonalize in {type(module).__name__}, but got "
             f"{', '.join(listed[:20]) or 'no parameters'}{more}. Name matrices with "
             "orthogonalize=('glob', ...), or use torch.optim.AdamW."
         )
-    return ParameterGroups(module, entries, regions)
+    return ParameterGroups(module, candidates, regions)
 
 
-_Regions = dict[nn.Parameter, tuple[tuple[int, ...], Region]]
+_Regions = dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion]]
 
 
-def _find_entries(module: nn.Module, regions: _Regions) -> list[Candidate]:
-    """One entry per parameter, in the order of the module, with all its uses."""
+def _find_candidates(module: nn.Module, regions: _Regions) -> list[Candidate]:
+    """One candidate per parameter, in the order of the module, with all its uses."""
     modules = list(walk(module))
     at = dict(modules)  # where modules share a cleaned path: the innermost
-    entries: dict[nn.Parameter, Candidate] = {}
+    candidates: dict[nn.Parameter, Candidate] = {}
     for path, owner in modules:
         for label, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
             use = Use(".".join([*path, label]), label, owner)
@@ -136,7 +136,7 @@ def _find_entries(module: nn.Module, regions: _Regions) -> list[Candidate]:
                 use = Use(use.name, tensor, at[path[:-2]])
             elif isinstance(owner, nn.ParameterList | nn.ParameterDict):
                 use = use._replace(label=".".join([*path[-1:], label]))
-            entry = entries.setdefault(parameter, Candidate(parameter, regions[parameter][0], []))
-            if all(use.name != other.name for other in entry.uses):
-                entry.uses.append(use)
-    return list(entries.values())
+            candidate = candidates.setdefault(parameter, Candidate(parameter, regions[parameter][0], []))
+            if all(use.name != other.name for other in candidate.uses):
+                candidate.uses.append(use)
+    return list(candidates.values())

@@ -1,7 +1,7 @@
 """What all ranks must agree on: the parameters, their weights, the hyper-parameters and the gradients of replicas.
 
 Before the first step the ranks compare what they publish. In a step each writes a few numbers into the all-reduce of
-the statistics, and an `Alarm` reads from the sum whether something parted them.
+the statistics, and an `Alarm` reads from the sum whether the ranks differ.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_namo.sharding.layout import Region, Span
-from lightning_namo.sharding.process_group import initialized, meeting
+from lightning_namo.sharding.layout import FlatRange, ShardRegion
+from lightning_namo.sharding.process_group import gather, initialized
 
-Described: TypeAlias = tuple[str, tuple[int, ...], torch.dtype]  # a parameter's name, full shape and dtype
-Hyper: TypeAlias = list[tuple[str, dict[str, Any]]]  # of each group its name and hyper-parameters
+ParameterSignature: TypeAlias = tuple[str, tuple[int, ...], torch.dtype]  # a parameter's name, full shape and dtype
+HyperParameters: TypeAlias = list[tuple[str, dict[str, Any]]]  # of each group its name and hyper-parameters
 SUMMATION = 1e-5  # relative error of a squared norm in float32, summed in another order
 CLOSE = 1e-6  # relative: two kinds of CPUs may compute a schedule's cosine, in float32, with another last bit
 _CHUNK = 2**22  # elements of a checksum at a time
@@ -29,15 +28,15 @@ _STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, so that every position counts diffe
 
 
 @dataclass(frozen=True)
-class Holding:
-    """A parameter on one rank: what all ranks must have alike, and which part of it lies here.
+class ParameterDescription:
+    """A parameter on one rank: what must be the same on all ranks, and which part of it this rank holds.
 
     Args:
         name: For messages.
         shape: Of the whole parameter.
         dtype: Of its elements.
-        region: The part that lies here, the same for all ranks that hold the same part; None: nothing.
-        checksum: Of the weights that lie here.
+        region: The part that this rank holds, equal on all ranks that hold the same part; None: nothing.
+        checksum: Of the local weights.
     """
 
     name: str
@@ -47,7 +46,7 @@ class Holding:
     checksum: int
 
 
-def check_agreement(published: Sequence[Sequence[Described]]) -> None:
+def check_agreement(published: Sequence[Sequence[ParameterSignature]]) -> None:
     """Raise unless all ranks have the same parameters in the same order.
 
     Args:
@@ -90,7 +89,7 @@ def check_order(in_order: Sequence[bool]) -> None:
         )
 
 
-def check_replicas(published: Sequence[Sequence[Holding]]) -> None:
+def check_replicas(published: Sequence[Sequence[ParameterDescription]]) -> None:
     """Raise if ranks that hold one and the same part of a parameter have different weights there.
 
     Args:
@@ -115,7 +114,7 @@ def check_replicas(published: Sequence[Sequence[Holding]]) -> None:
                 )
 
 
-def check_hyper(published: Sequence[Hyper]) -> None:
+def check_hyper_parameters(published: Sequence[HyperParameters]) -> None:
     """Raise if a hyper-parameter differs between ranks.
 
     Args:
@@ -145,7 +144,7 @@ def _same(expected: Any, value: Any) -> bool:
     return bool(expected == value)
 
 
-def _words(described: Described) -> str:
+def _words(described: ParameterSignature) -> str:
     return " ".join(str(part) for part in described)
 
 
@@ -171,7 +170,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     return total
 
 
-def plain(hyper: Hyper) -> Hyper:
+def plain(hyper: HyperParameters) -> HyperParameters:
     """The same with the values of tensors, which reads the device."""
     return [
         (name, {key: value.tolist() if isinstance(value, Tensor) else value for key, value in of_group.items()})
@@ -179,7 +178,7 @@ def plain(hyper: Hyper) -> Hyper:
     ]
 
 
-def fingerprint(number: int, hyper: Hyper) -> int:
+def fingerprint(number: int, hyper: HyperParameters) -> int:
     """24 bits, exact in float32, of which optimizer it is and of all its hyper-parameters that are no tensors."""
     values = [
         f"{value:.12g}" if isinstance(value, float) else repr(value)
@@ -236,29 +235,26 @@ class Alarm:
         return [float(flag) for flag in flags.tolist()]
 
 
-def check_same(parameters: Sequence[Described]) -> None:
+def check_same(parameters: Sequence[ParameterSignature]) -> None:
     """Raise on all ranks, by name, if they have different parameters. Collective where there are other ranks.
 
     Args:
         parameters: This rank's, each as name, full shape and dtype.
     """
     if initialized():
-        published: list[Any] = [None] * dist.get_world_size()
-        with meeting("compare their parameters"):
-            dist.all_gather_object(published, list(parameters))
-        check_agreement(published)
+        check_agreement(gather(list(parameters), "compare their parameters"))
 
 
-def check_cover(name: str, shape: tuple[int, int], regions: list[Region]) -> None:
+def check_cover(name: str, shape: tuple[int, int], regions: list[ShardRegion]) -> None:
     """Raise unless the distinct regions tile the matrix: runs end to end, or bands of rows cut into columns."""
     rows, cols = shape
     intervals: dict[tuple[int, int], list[tuple[int, int]]] = defaultdict(list)
     for region in regions:
-        if isinstance(region, Span):
+        if isinstance(region, FlatRange):
             intervals[0, rows].append((region.start, region.stop))
         else:
             intervals[region.row, region.row_end].append((region.col, region.col_end))
-    width = rows * cols if any(isinstance(region, Span) for region in regions) else cols
+    width = rows * cols if any(isinstance(region, FlatRange) for region in regions) else cols
     tiled = _tiles(list(intervals), rows) and all(_tiles(columns, width) for columns in intervals.values())
     if not tiled and rows * cols:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Who works on which matrix, and what must travel for it: pure data, computed alike on all ranks."""
+"""Which rank owns which matrix, and what is sent to it and returned: pure data, computed alike on all ranks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from lightning_namo.sharding.agreement import check_agreement, check_cover
-from lightning_namo.sharding.layout import Region
+from lightning_namo.sharding.layout import ShardRegion
 
-_OVERLAPPING = 3  # buckets from which on some travels while some is worked on
+_OVERLAPPING = 3  # buckets from which on communication overlaps with work
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """What every rank must know of a stored matrix: the same on all ranks, but for the region.
+    """A stored matrix as every rank must know it: the same on all ranks but for the region.
 
     Args:
         name: For messages.
@@ -34,24 +34,24 @@ class Matrix:
     shape: tuple[int, int]
     dtype: torch.dtype
     cost: int
-    region: Region
+    region: ShardRegion
     kind: Hashable = ()
 
 
 @dataclass(frozen=True)
-class Plan:
+class Assignment:
     """Who owns, who sends and who receives what. Pure data, equal on all ranks.
 
     Args:
         owners: Rank that works on each matrix.
         regions: For each rank, the region that it holds of each matrix.
         senders: For each matrix, the rank that sends each of its distinct regions to the owner.
-        buckets: Matrices that travel together, in order.
+        buckets: Matrices that are communicated together, in order.
     """
 
     owners: tuple[int, ...]
-    regions: tuple[tuple[Region, ...], ...]
-    senders: tuple[dict[Region, int], ...]
+    regions: tuple[tuple[ShardRegion, ...], ...]
+    senders: tuple[dict[ShardRegion, int], ...]
     buckets: tuple[tuple[int, ...], ...]
 
     def holders(self, index: int) -> list[int]:
@@ -109,10 +109,10 @@ def _first_fit(costs: Sequence[int], order: Sequence[int], world_size: int, capa
 
 def _swap(costs: Sequence[int], owners: list[int], world_size: int) -> None:
     """Change the owners of one matrix, or two, as long as that lowers the load of the busiest rank or of its equals."""
-    held: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(world_size)]  # matrices of a rank by cost
+    owned: list[dict[int, list[int]]] = [defaultdict(list) for _ in range(world_size)]  # matrices of a rank by cost
     loads = [0] * world_size
     for index, owner in enumerate(owners):
-        held[owner][costs[index]].append(index)
+        owned[owner][costs[index]].append(index)
         loads[owner] += costs[index]
     while True:
         busiest = max(range(world_size), key=lambda rank: loads[rank])
@@ -120,18 +120,18 @@ def _swap(costs: Sequence[int], owners: list[int], world_size: int) -> None:
             (max(loads[busiest] - given + taken, loads[rank] + given - taken), rank, given, taken)
             for rank in range(world_size)
             if rank != busiest
-            for given in held[busiest]
-            for taken in (0, *held[rank])
+            for given in owned[busiest]
+            for taken in (0, *owned[rank])
         )
         after, rank, given, taken = min(changes, default=(loads[busiest], 0, 0, 0))
         if after >= loads[busiest]:
             return
         for cost, source, target in ((given, busiest, rank), (taken, rank, busiest)):
             if cost:
-                index = held[source][cost].pop()
-                if not held[source][cost]:
-                    del held[source][cost]
-                held[target][cost].append(index)
+                index = owned[source][cost].pop()
+                if not owned[source][cost]:
+                    del owned[source][cost]
+                owned[target][cost].append(index)
                 owners[index] = target
                 loads[source], loads[target] = loads[source] - cost, loads[target] + cost
 
@@ -143,13 +143,13 @@ def _busiest(costs: Sequence[int], owners: Sequence[int]) -> int:
     return max(loads.values(), default=0)
 
 
-def make_plan(published: Sequence[Sequence[Matrix]], bucket_bytes: int) -> Plan:
-    """Plan the exchange from what every rank published.
+def assign(published: Sequence[Sequence[Matrix]], bucket_bytes: int) -> Assignment:
+    """Assign matrices to owners, senders and buckets, from what every rank published.
 
     Args:
         published: For each rank, its matrices, in the same order.
-        bucket_bytes: Bound on the bytes of the matrices that one rank assembles at a time; a larger matrix travels
-            alone.
+        bucket_bytes: Bound on the bytes of the matrices that one rank assembles at a time; a larger matrix is in
+            a bucket of its own.
 
     Raises:
         ValueError: If the ranks disagree on the matrices, or their regions do not make up a matrix.
@@ -159,18 +159,20 @@ def make_plan(published: Sequence[Sequence[Matrix]], bucket_bytes: int) -> Plan:
     regions = tuple(tuple(m.region for m in rank) for rank in published)
     owners = _keep_local(assign_owners([m.cost for m in matrices], len(published)), regions)
     senders = _senders(matrices, owners, regions)
-    return Plan(owners, regions, senders, _buckets(matrices, owners, bucket_bytes))
+    return Assignment(owners, regions, senders, _buckets(matrices, owners, bucket_bytes))
 
 
-def _keep_local(owners: tuple[int, ...], regions: tuple[tuple[Region, ...], ...]) -> tuple[int, ...]:
-    """Rename the owners, greedily, so that ranks own what they hold: loads stay, less travels (under FSDP1 a lot)."""
-    held: dict[int, list[int]] = {}  # by owner: elements on each rank
+def _keep_local(owners: tuple[int, ...], regions: tuple[tuple[ShardRegion, ...], ...]) -> tuple[int, ...]:
+    """Rename the owners, greedily, so that ranks own what they hold: same loads, fewer bytes to send."""
+    numels_of: dict[int, list[int]] = {}  # by owner: elements on each rank
     for index, owner in enumerate(owners):
         numels = [of_rank[index].numel for of_rank in regions]
-        held[owner] = [a + b for a, b in zip(held[owner], numels, strict=True)] if owner in held else numels
+        numels_of[owner] = (
+            [a + b for a, b in zip(numels_of[owner], numels, strict=True)] if owner in numels_of else numels
+        )
     renamed: dict[int, int] = {}
     taken: set[int] = set()
-    pairs = ((-numel, owner, rank) for owner, numels in held.items() for rank, numel in enumerate(numels) if numel)
+    pairs = ((-numel, owner, rank) for owner, numels in numels_of.items() for rank, numel in enumerate(numels) if numel)
     for _, owner, rank in sorted(pairs):
         if owner not in renamed and rank not in taken:
             renamed[owner] = rank
@@ -183,11 +185,13 @@ def _keep_local(owners: tuple[int, ...], regions: tuple[tuple[Region, ...], ...]
 
 
 def _senders(
-    matrices: Sequence[Matrix], owners: tuple[int, ...], regions: tuple[tuple[Region, ...], ...]
-) -> tuple[dict[Region, int], ...]:
+    matrices: Sequence[Matrix], owners: tuple[int, ...], regions: tuple[tuple[ShardRegion, ...], ...]
+) -> tuple[dict[ShardRegion, int], ...]:
     """One sender for each distinct region: the owner itself if it holds it, else the holders take turns."""
     senders = []
-    known: dict[tuple[int, int], tuple[list[Region], dict[Region, list[int]]]] = {}  # most shapes are cut in one way
+    known: dict[
+        tuple[int, int], tuple[list[ShardRegion], dict[ShardRegion, list[int]]]
+    ] = {}  # most shapes are cut in one way
     for index, (matrix, owner) in enumerate(zip(matrices, owners, strict=True)):
         by_rank = [of_rank[index] for of_rank in regions]
         if matrix.shape not in known or known[matrix.shape][0] != by_rank:
@@ -197,9 +201,9 @@ def _senders(
     return tuple(senders)
 
 
-def _holders(matrix: Matrix, by_rank: Sequence[Region]) -> dict[Region, list[int]]:
+def _holders(matrix: Matrix, by_rank: Sequence[ShardRegion]) -> dict[ShardRegion, list[int]]:
     """The ranks that hold each distinct region of a matrix."""
-    holders: dict[Region, list[int]] = defaultdict(list)
+    holders: dict[ShardRegion, list[int]] = defaultdict(list)
     for rank, region in enumerate(by_rank):
         if region.numel:
             holders[region].append(rank)

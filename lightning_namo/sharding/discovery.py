@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataPa
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lightning_namo.sharding.layout import Block, Region, Span, stored_shape
+from lightning_namo.sharding.layout import FlatRange, Rectangle, ShardRegion, stored_shape
 from lightning_namo.sharding.local import local_tensor
 
 _MATRIX_LAYERS = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
@@ -51,7 +51,7 @@ def shard_counts(module: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
     return [counts.get(parameter, 1) for parameter in parameters]
 
 
-def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, ...], Region]:
+def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, ...], ShardRegion]:
     """Full shape of a plain or DTensor parameter, and the region that this process holds.
 
     Raises:
@@ -60,7 +60,7 @@ def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, 
     shape = tuple(parameter.shape)
     rows, cols = stored_shape(shape)
     if not isinstance(parameter, DTensor):
-        return shape, Block(0, rows, 0, cols)
+        return shape, Rectangle(0, rows, 0, cols)
     placements = parameter.placements
     sharded = {p.dim for p in placements if hasattr(p, "dim")}
     if any(p.is_partial() for p in placements) or any(dim > 1 for dim in sharded):
@@ -70,18 +70,18 @@ def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, 
         )
     local, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, placements)
     if math.prod(local) == 0:
-        return shape, Block(0, 0, 0, 0)
+        return shape, Rectangle(0, 0, 0, 0)
     inner = math.prod(shape[2:])
     row, col = (offset[0] if shape else 0), (offset[1] * inner if len(shape) > 1 else 0)
-    return shape, Block(row, row + stored_shape(local)[0], col, col + stored_shape(local)[1])
+    return shape, Rectangle(row, row + stored_shape(local)[0], col, col + stored_shape(local)[1])
 
 
-def part_of(parameter: Tensor, region: Region | None) -> Hashable:
-    """What tells apart the parts of a parameter on different ranks; None where nothing of it lies here.
+def part_of(parameter: Tensor, region: ShardRegion | None) -> Hashable:
+    """A value that differs between different parts of a parameter; None where this rank holds nothing of it.
 
     Args:
         parameter: As the strategy left it; any placement that torch can locate.
-        region: The part that lies here, if it is known (under FSDP1 the parameter does not know).
+        region: The local part, where it is known (under FSDP1 the parameter does not know).
     """
     if not local_tensor(parameter).numel():
         return None
@@ -94,8 +94,8 @@ def part_of(parameter: Tensor, region: Region | None) -> Hashable:
     return tuple(local), tuple(offset)
 
 
-def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...], Region]]:
-    """Full shape and local region of every parameter of a module, under whatever strategy it lives.
+def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion]]:
+    """Full shape and local region of every parameter of a module, under whatever strategy it is trained.
 
     Plain parameters are whole; DTensors (FSDP2, HSDP, tensor parallelism) tell by themselves; FSDP1's runs are read
     from its flat parameters, since a one-dimensional run does not know the matrix that it was cut from.
@@ -104,7 +104,7 @@ def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...],
         ValueError: For FSDP1 without ``use_orig_params=True`` or without its outermost unit, or a placement that
             cannot be served.
     """
-    regions: dict[nn.Parameter, tuple[tuple[int, ...], Region]] = {}
+    regions: dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion]] = {}
     for unit in FullyShardedDataParallel.fsdp_modules(module):
         handle = unit._handle
         if handle is None or handle.flat_param._params is None:
@@ -113,12 +113,12 @@ def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...],
         for parameter, info, full in zip(flat._params, flat._shard_param_infos, flat._shapes, strict=True):  # type: ignore[arg-type]
             shape, (rows, width) = tuple(full), stored_shape(full)
             if parameter.shape == full:
-                regions[parameter] = (shape, Block(0, rows, 0, width))
+                regions[parameter] = (shape, Rectangle(0, rows, 0, width))
             elif info.intra_param_start_idx is not None and info.intra_param_end_idx is not None:
-                run = Span(info.intra_param_start_idx, info.intra_param_end_idx + 1, width)
+                run = FlatRange(info.intra_param_start_idx, info.intra_param_end_idx + 1, width)
                 regions[parameter] = (shape, run)
             else:
-                regions[parameter] = (shape, Span(0, 0, width))
+                regions[parameter] = (shape, FlatRange(0, 0, width))
     for name, layer in module.named_modules():
         weight = getattr(layer, "weight", None) if isinstance(layer, _MATRIX_LAYERS) else None
         lazy = isinstance(weight, nn.parameter.UninitializedParameter)

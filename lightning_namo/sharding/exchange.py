@@ -1,7 +1,7 @@
-"""Sharing out whole-matrix work over the ranks: shards go to one owner per matrix, results come back as shards.
+"""Work on whole matrices, shared out over the ranks: shards are sent to one owner per matrix, which returns results.
 
-Knows no optimizer and no parallel strategy: a layout is a `Region` per rank and matrix, the work is a function. With
-one process everything is local and the same calls communicate nothing.
+Knows no optimizer and no parallel strategy: a layout is a `ShardRegion` per rank and matrix, the work is a function.
+With one process everything is local and the same calls communicate nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -18,85 +18,33 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_namo.sharding.agreement import (
-    Holding,
-    Hyper,
-    check_agreement,
-    check_hyper,
-    check_order,
-    check_replicas,
-    tolerance,
-)
-from lightning_namo.sharding.assignment import Matrix, make_plan
-from lightning_namo.sharding.layout import Region
-from lightning_namo.sharding.process_group import current_group, initialized, meeting
+from lightning_namo.sharding.agreement import check_replicas, tolerance
+from lightning_namo.sharding.assignment import Matrix, assign
+from lightning_namo.sharding.layout import ShardRegion
+from lightning_namo.sharding.process_group import collective, current_group, initialized
+from lightning_namo.sharding.publication import Published, Replicas, publish
 from lightning_namo.workspace import Workspace
 
 BUCKET_BYTES = 32 * 2**20  # by default; small matrices fill an accelerator in stacks only
-CPU_BUCKET_BYTES = 8 * 2**20  # on CPUs, which one matrix keeps busy: less memory, and more of the way overlaps
+CPU_BUCKET_BYTES = 8 * 2**20  # on CPUs, which one matrix keeps busy: less memory, more overlap of communication
 CACHED_ELEMENTS = 2**20  # bound on a stack on CPUs, where larger ones leave the cache between operations
-_HISTORY: weakref.WeakKeyDictionary[Any, list[int]] = weakref.WeakKeyDictionary()
-"""Of each process group how many exchanges were planned in it, and the number of the last one's optimizer."""
 
 
 @dataclass(frozen=True)
-class Parcel:
-    """Matrices that lie alike on every rank and have one owner: they travel and are worked on as one tensor."""
+class Stack:
+    """Matrices that are laid out alike on every rank and have one owner: sent and orthogonalized as one tensor."""
 
     indices: tuple[int, ...]
     owner: int
-    senders: dict[Region, int]
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a rank tells the others before the first step, beside its matrices' regions.
-
-    Args:
-        matrices: The parameters in the order of the matrices.
-        adamw: The parameters that are not matrices.
-        hyper: Of each group its name and plain hyper-parameters.
-        number: Of the optimizer, in the order in which this process built them.
-        compare: Whether replicas' weights are to be compared.
-    """
-
-    matrices: Sequence[Holding] = ()
-    adamw: Sequence[Holding] = ()
-    hyper: Hyper = field(default_factory=list)
-    number: int = 0
-    compare: bool = True
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """Of one parameter.
-
-    Args:
-        count: How many ranks, at most, hold the same part of it; the same on all ranks.
-        weight: 1 where this rank repeats what an earlier one holds; there minus how many repeat it; 0 if none does.
-            With these weights a number that all replicas have alike adds up to zero.
-    """
-
-    count: int
-    weight: int
-
-    @classmethod
-    def of(cls, rank: int, parts: Sequence[Holding]) -> Replicas:
-        """From every rank's part of a parameter."""
-        holders: dict[Any, list[int]] = defaultdict(list)
-        for other, part in enumerate(parts):
-            if part.region is not None:
-                holders[part.region].append(other)
-        same = holders.get(parts[rank].region, [rank])
-        return cls(max(map(len, holders.values()), default=1), 1 - len(same) if same[0] == rank else 1)
+    senders: dict[ShardRegion, int]
 
 
 @dataclass
-class _Leg:
-    """One all-to-all: what this rank sends and receives, each as (peer, parcel's place, region), in order of peers."""
+class _AllToAllSpec:
+    """One all-to-all: what this rank sends and receives, each as (peer, index of the stack, region), sorted by peer."""
 
-    sends: list[tuple[int, int, Region]]
-    receives: list[tuple[int, int, Region]]
+    sends: list[tuple[int, int, ShardRegion]]
+    receives: list[tuple[int, int, ShardRegion]]
     needed: bool  # by any rank: all take part or none
 
 
@@ -107,32 +55,35 @@ class _InFlight:
     sent: Tensor  # kept alive until the communication is over
 
 
-Stacks: TypeAlias = list[tuple[tuple[int, ...], Tensor]]  # indices of K matrices, and one tensor (K, ...) of them
+StackedTensors: TypeAlias = list[
+    tuple[tuple[int, ...], Tensor]
+]  # indices of K matrices, and one tensor (K, ...) of them
 
 
 class Exchange:
-    """Runs work on whole matrices that lie in shards over the ranks of the default process group.
+    """Runs work on whole matrices that are sharded over the ranks of the default process group.
 
     Building one is collective: all ranks must do it at the same point.
 
     Args:
         matrices: This rank's view of every matrix.
         device: Where tensors live.
-        bucket_bytes: See `make_plan`; up to three buckets are in flight. None: 8 MiB on CPUs, else 32 MiB.
-        publish: Gives what the ranks must agree on besides; called if there are other ranks.
-        workspace: Where shards and results lie while a bucket is worked on.
+        bucket_bytes: See `assign`; up to three buckets are in flight. None: 8 MiB on CPUs, else 32 MiB.
+        describe: Gives what else the ranks must agree on; called if there are other ranks.
+        workspace: Memory for shards and results while a bucket is worked on.
 
     Attributes:
-        replicas: Who holds the same part of each matrix.
-        replicas_of_adamw: Likewise of the parameters that are not matrices.
+        assignment: Who owns, sends and receives what.
+        replicas: The replicas of each matrix.
+        replicas_of_adamw: The replicas of each parameter that is not a matrix.
         weights_of_adamw: Their weights, see `Replicas`.
-        tolerance_of_adamw: Up to which part of their sum over the ranks weighted norms are rounding.
-        number: How many were planned in the process group before.
-        group: Gives the process group that this was planned for; None if there is none, or it is gone.
+        tolerance_of_adamw: Weighted norms up to this fraction of their sum over the ranks are rounding.
+        number: The number of exchanges made in the process group before.
+        group: Gives the process group that this was made for; None if there is none, or it is gone.
 
     Raises:
         ValueError: On all ranks, if they disagree or the shards do not make up a matrix.
-        RuntimeError: If not all ranks meet here.
+        RuntimeError: If not all ranks take part.
     """
 
     def __init__(
@@ -140,7 +91,7 @@ class Exchange:
         matrices: Sequence[Matrix],
         device: torch.device,
         bucket_bytes: int | None,
-        publish: Callable[[], Published],
+        describe: Callable[[], Published],
         workspace: Workspace,
     ) -> None:
         self.matrices = list(matrices)
@@ -150,106 +101,86 @@ class Exchange:
         default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
         self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
         self.group: Callable[[], Any] = weakref.ref(dist.group.WORLD) if initialized() else _no_group
-        published, told = [self.matrices], list[Published]()
-        if self.world_size > 1:
-            mine, history = publish(), _HISTORY.setdefault(dist.group.WORLD, [0, -1])
-            in_order, history[1] = mine.number > history[1], mine.number
-            self.number, history[0] = history[0], history[0] + 1
-            purpose = "compare their parameters before a step"
-            every = self.gather((self.matrices, mine, self.bucket_bytes, in_order), purpose)
-            published, told = [matrices for matrices, *_ in every], [theirs for _, theirs, *_ in every]
-            for of_ranks in ([of_rank.adamw for of_rank in told], [of_rank.matrices for of_rank in told]):
-                check_agreement([[(h.name, h.shape, h.dtype) for h in holdings] for holdings in of_ranks])
-            check_order([in_order for *_, in_order in every])
-            if len(bounds := {bound for _, _, bound, _ in every}) > 1:
-                raise ValueError(
-                    f"Expected the same bucket_bytes on all ranks but got {sorted(bounds)}. Set it alike on every rank."
-                )
-            check_hyper([of_rank.hyper for of_rank in told])
-        self.plan = make_plan(published, self.bucket_bytes)
-        if any(of_rank.compare for of_rank in told):
-            for of_ranks in ([of_rank.matrices for of_rank in told], [of_rank.adamw for of_rank in told]):
-                check_replicas(of_ranks)
+        by_rank: list[Sequence[Matrix]] = [self.matrices]
+        published: list[Published] = []
+        if self.distributed:
+            by_rank, published, self.number = publish(self.matrices, describe(), self.bucket_bytes)
+        self.assignment = assign(by_rank, self.bucket_bytes)
+        of_matrices, of_adamw = [p.matrices for p in published], [p.adamw for p in published]
+        if any(p.compare for p in published):
+            check_replicas(of_matrices)
+            check_replicas(of_adamw)
         self.replicas, self.replicas_of_adamw = (
             [Replicas.of(self.rank, parts) for parts in zip(*of_ranks, strict=True)]
-            for of_ranks in ([t.matrices for t in told], [t.adamw for t in told])
+            for of_ranks in (of_matrices, of_adamw)
         )
-        if not told:
+        if not published:
             self.replicas = [Replicas(1, 0)] * len(matrices)
-        self.weights_of_adamw, self.tolerance_of_adamw = (
-            torch.tensor(numbers, dtype=torch.float64 if told else torch.float32, device=device)
-            for numbers in (
-                [replicas.weight for replicas in self.replicas_of_adamw],
-                [
-                    tolerance(replicas.count, parts.dtype) / replicas.count
-                    for replicas, parts in zip(self.replicas_of_adamw, told[0].adamw if told else (), strict=True)
-                ],
-            )
-        )
-        self.holder_counts = [len(self.plan.holders(i)) for i in range(len(matrices))]
-        self.buckets = [self._parcels(bucket) for bucket in self.plan.buckets]
-        if not self.shared and device.type == "cpu":  # nothing travels, and what is small stays in the cache
-            self.buckets = [[parcel] for bucket in self.buckets for parcel in bucket]
-        self._ways_in = [self._way_in(bucket) for bucket in self.buckets]
-        self._ways_back = [self._way_back(bucket) for bucket in self.buckets]
+        bounds = [
+            tolerance(replicas.count, description.dtype) / replicas.count
+            for replicas, description in zip(self.replicas_of_adamw, of_adamw[0] if of_adamw else (), strict=True)
+        ]
+        wide = torch.float64 if published else torch.float32
+        weights = [replicas.weight for replicas in self.replicas_of_adamw]
+        self.weights_of_adamw = torch.tensor(weights, dtype=wide, device=device)
+        self.tolerance_of_adamw = torch.tensor(bounds, dtype=wide, device=device)
+        self.holder_counts = [len(self.assignment.holders(i)) for i in range(len(matrices))]
+        self.buckets = [self._stacks(bucket) for bucket in self.assignment.buckets]
+        if not self.distributed and device.type == "cpu":  # nothing is sent, and small stacks stay in the cache
+            self.buckets = [[stack] for bucket in self.buckets for stack in bucket]
+        self._shard_specs = [self._shards_spec(bucket) for bucket in self.buckets]
+        self._result_specs = [self._results_spec(bucket) for bucket in self.buckets]
 
     @property
-    def shared(self) -> bool:
+    def distributed(self) -> bool:
         """Whether other ranks take part, so that all must take part in the same matrices."""
         return self.world_size > 1
 
     @cached_property
     def has_replicas(self) -> bool:
-        """Whether any part of a parameter lies on more than one rank."""
+        """Whether any part of a parameter is held by more than one rank."""
         return any(replicas.count > 1 for replicas in (*self.replicas, *self.replicas_of_adamw))
 
     @property
     def is_current(self) -> bool:
-        """Whether the default process group is the one that this was planned for."""
+        """Whether the default process group is the one that this was made for."""
         return self.group() is current_group()
 
     @property
     def bytes_sent(self) -> int:
         """Bytes that this rank sends in one `map` over all matrices."""
         total = 0
-        for parcels, *legs in zip(self.buckets, self._ways_in, self._ways_back, strict=True):
-            for _, place, region in (send for leg in legs for send in leg.sends):
-                indices = parcels[place].indices
+        for stacks, *specs in zip(self.buckets, self._shard_specs, self._result_specs, strict=True):
+            for _, place, region in (send for spec in specs for send in spec.sends):
+                indices = stacks[place].indices
                 total += len(indices) * region.numel * self.matrices[indices[0]].dtype.itemsize
         return total
 
-    def contributes(self, index: int) -> bool:
+    def is_primary_replica(self, index: int) -> bool:
         """Whether this rank's shard of a matrix counts in sums: replicas count once."""
-        return self.plan.senders[index].get(self.matrices[index].region) == self.rank
+        return self.assignment.senders[index].get(self.matrices[index].region) == self.rank
 
     def sum(self, partials: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place; the same bits on all of them."""
-        if self.shared:
-            with meeting("sum their statistics"):
+        if self.distributed:
+            with collective("sum their statistics"):
                 dist.all_reduce(partials)
         return partials
 
-    def gather(self, value: Any, purpose: str) -> list[Any]:
-        """Every rank's value (pickled), in the order of the ranks."""
-        gathered: list[Any] = [None] * self.world_size
-        with meeting(purpose):
-            dist.all_gather_object(gathered, value)
-        return gathered
-
     def map(
         self,
-        chosen: Collection[int],
+        active: Collection[int],
         shards: Callable[[tuple[int, ...]], Tensor],
-        work: Callable[[Stacks], list[Tensor]],
-    ) -> Iterator[Stacks]:
-        """Apply work to whole matrices and give back this rank's shards of the results, bucket by bucket.
+        work: Callable[[StackedTensors], list[Tensor]],
+    ) -> Iterator[StackedTensors]:
+        """Apply work to whole matrices and yield this rank's shards of the results, bucket by bucket.
 
         The next bucket's communication runs while the caller and ``work`` compute on this one.
 
         Args:
-            chosen: Matrices that take part: the same on all ranks, and all of them if there are other ranks.
+            active: Matrices that take part: the same on all ranks, and all of them if there are other ranks.
             shards: Gives this rank's shards of some matrices as one tensor (K, ...), in their dtype; called once for
-                each matrix, when it leaves.
+                each matrix, when it is sent.
             work: From stacks (K, rows, columns) of whole stored matrices to results of the same shapes and dtypes.
                 Its inputs may be the shards themselves: it must not modify them.
 
@@ -259,161 +190,166 @@ class Exchange:
             For each bucket stacks (K, elements) of the flat local results; elements are 0 for empty shards. They are
             valid until the next.
         """
-        buckets = [self._chosen(parcels, chosen) for parcels in self.buckets]
-        if not self.shared:
-            for parcels in buckets:
+        buckets = [self._active(stacks, active) for stacks in self.buckets]
+        if not self.distributed:
+            for stacks in buckets:
                 with self.workspace.frame():
-                    yield self._work_alone(parcels, shards, work)
+                    yield self._run_alone(stacks, shards, work)
             return
-        arriving = self._depart(0, buckets[0], shards) if buckets else None
-        returning: tuple[list[Parcel], dict[int, Tensor], _Leg, _InFlight] | None = None
-        for number, parcels in enumerate(buckets):
+        arriving = self._send_shards(0, buckets[0], shards) if buckets else None
+        returning: tuple[list[Stack], dict[int, Tensor], _AllToAllSpec, _InFlight] | None = None
+        for number, stacks in enumerate(buckets):
             assert arriving is not None
-            following = self._depart(number + 1, buckets[number + 1], shards) if number + 1 < len(buckets) else None
-            whole = self._assemble(parcels, self._ways_in[number], *arriving)
-            arriving = following  # what came is in the matrices now: its buffers are free while they are worked on
+            following = (
+                self._send_shards(number + 1, buckets[number + 1], shards) if number + 1 < len(buckets) else None
+            )
+            whole = self._receive_shards(stacks, self._shard_specs[number], *arriving)
+            arriving = following  # received shards are copied into the matrices: their buffers are free during the work
             with self.workspace.frame():
-                results = work([(parcels[place].indices, stack) for place, stack in whole.items()])
-                back = self._send_back(number, parcels, dict(zip(whole, results, strict=True)))
+                results = work([(stacks[place].indices, stack) for place, stack in whole.items()])
+                back = self._send_results(number, stacks, dict(zip(whole, results, strict=True)))
             del whole, results
             if returning is not None:
-                yield self._deliver(*returning)
+                yield self._receive_results(*returning)
             returning = back
         if returning is not None:
-            yield self._deliver(*returning)
+            yield self._receive_results(*returning)
 
-    def _work_alone(
+    def _run_alone(
         self,
-        parcels: list[Parcel],
+        stacks: list[Stack],
         shards: Callable[[tuple[int, ...]], Tensor],
-        work: Callable[[Stacks], list[Tensor]],
-    ) -> Stacks:
-        stacks = [
-            (p.indices, shards(p.indices).view(len(p.indices), *self.matrices[p.indices[0]].shape)) for p in parcels
+        work: Callable[[StackedTensors], list[Tensor]],
+    ) -> StackedTensors:
+        whole = [
+            (stack.indices, shards(stack.indices).view(-1, *self.matrices[stack.indices[0]].shape)) for stack in stacks
         ]
-        return [(indices, result.flatten(1)) for (indices, _), result in zip(stacks, work(stacks), strict=True)]
+        return [(indices, result.flatten(1)) for (indices, _), result in zip(whole, work(whole), strict=True)]
 
-    def _parcels(self, bucket: Sequence[int]) -> list[Parcel]:
-        """Group a bucket's matrices that are of one kind and lie alike on every rank."""
+    def _stacks(self, bucket: Sequence[int]) -> list[Stack]:
+        """Group a bucket's matrices that are of one kind and laid out alike on every rank."""
         limit = CACHED_ELEMENTS if self.device.type == "cpu" else math.inf
         alike: dict[Any, list[list[int]]] = defaultdict(lambda: [[]])
         for index in bucket:
-            matrix, plan = self.matrices[index], self.plan
-            by_rank = tuple(regions[index] for regions in plan.regions)
-            key = plan.owners[index], matrix.kind, matrix.shape, by_rank, tuple(plan.senders[index].items())
+            matrix, assignment = self.matrices[index], self.assignment
+            by_rank = tuple(regions[index] for regions in assignment.regions)
+            owner, senders = assignment.owners[index], tuple(assignment.senders[index].items())
+            key = owner, matrix.kind, matrix.shape, by_rank, senders
             if alike[key][-1] and (len(alike[key][-1]) + 1) * math.prod(matrix.shape) > limit:
                 alike[key].append([])
             alike[key][-1].append(index)
         return [
-            Parcel(tuple(indices), self.plan.owners[indices[0]], self.plan.senders[indices[0]])
+            Stack(tuple(indices), self.assignment.owners[indices[0]], self.assignment.senders[indices[0]])
             for portions in alike.values()
             for indices in portions
         ]
 
-    def _chosen(self, parcels: list[Parcel], chosen: Collection[int]) -> list[Parcel]:
-        members = [tuple(i for i in parcel.indices if i in chosen) for parcel in parcels]
+    def _active(self, stacks: list[Stack], active: Collection[int]) -> list[Stack]:
+        members = [tuple(i for i in stack.indices if i in active) for stack in stacks]
         return [
-            Parcel(indices, parcel.owner, parcel.senders)
-            for parcel, indices in zip(parcels, members, strict=True)
+            Stack(indices, stack.owner, stack.senders)
+            for stack, indices in zip(stacks, members, strict=True)
             if indices
         ]
 
-    def _way_in(self, parcels: Sequence[Parcel]) -> _Leg:
+    def _shards_spec(self, stacks: Sequence[Stack]) -> _AllToAllSpec:
         sends, receives, needed = [], [], False
-        for place, parcel in enumerate(parcels):
-            for region, sender in parcel.senders.items():
-                if sender == parcel.owner:
+        for place, stack in enumerate(stacks):
+            for region, sender in stack.senders.items():
+                if sender == stack.owner:
                     continue
                 needed = True
                 if sender == self.rank:
-                    sends.append((parcel.owner, place, region))
-                if parcel.owner == self.rank:
+                    sends.append((stack.owner, place, region))
+                if stack.owner == self.rank:
                     receives.append((sender, place, region))
-        return _Leg(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
+        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
 
-    def _way_back(self, parcels: Sequence[Parcel]) -> _Leg:
-        plan, sends, receives, needed = self.plan, [], [], False
-        for place, parcel in enumerate(parcels):
-            index, owner = parcel.indices[0], parcel.owner
-            for rank in plan.holders(index):
+    def _results_spec(self, stacks: Sequence[Stack]) -> _AllToAllSpec:
+        assignment, sends, receives, needed = self.assignment, [], [], False
+        for place, stack in enumerate(stacks):
+            index, owner = stack.indices[0], stack.owner
+            for rank in assignment.holders(index):
                 if rank == owner:
                     continue
                 needed = True
                 if owner == self.rank:
-                    sends.append((rank, place, plan.regions[rank][index]))
+                    sends.append((rank, place, assignment.regions[rank][index]))
                 if rank == self.rank:
-                    receives.append((owner, place, plan.regions[rank][index]))
-        return _Leg(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
+                    receives.append((owner, place, assignment.regions[rank][index]))
+        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
 
-    def _depart(
-        self, number: int, parcels: list[Parcel], shards: Callable[[tuple[int, ...]], Tensor]
+    def _send_shards(
+        self, number: int, stacks: list[Stack], shards: Callable[[tuple[int, ...]], Tensor]
     ) -> tuple[dict[int, Tensor], _InFlight]:
-        """Send what others own of a bucket; put what is owned here into matrices (K, rows, columns)."""
-        leg, whole = self._ways_in[number], {}
+        """Send the shards of a bucket to their owners; put those of owned matrices into tensors (K, rows, columns)."""
+        spec, whole = self._shard_specs[number], {}
         with self.workspace.frame():
-            stacks = [shards(parcel.indices).flatten(1) for parcel in parcels]
-            in_flight = self._start(leg, [stacks[place] for _, place, _ in leg.sends], parcels)
-            for place, parcel in enumerate(parcels):
-                if parcel.owner == self.rank:
-                    matrix = self.matrices[parcel.indices[0]]
-                    whole[place] = stacks[place].new_empty(len(parcel.indices), *matrix.shape)
-                    _write(whole[place], matrix.region, stacks[place])
+            local = [shards(stack.indices).flatten(1) for stack in stacks]
+            in_flight = self._start(spec, [local[place] for _, place, _ in spec.sends], stacks)
+            for place, stack in enumerate(stacks):
+                if stack.owner == self.rank:
+                    matrix = self.matrices[stack.indices[0]]
+                    whole[place] = local[place].new_empty(len(stack.indices), *matrix.shape)
+                    _write(whole[place], matrix.region, local[place])
         return whole, in_flight
 
-    def _start(self, leg: _Leg, pieces: list[Tensor], parcels: list[Parcel]) -> _InFlight:
-        dtype = self.matrices[parcels[0].indices[0]].dtype if parcels else torch.float32
-        if not leg.needed:
+    def _start(self, spec: _AllToAllSpec, pieces: list[Tensor], stacks: list[Stack]) -> _InFlight:
+        dtype = self.matrices[stacks[0].indices[0]].dtype if stacks else torch.float32
+        if not spec.needed:
             nothing = torch.empty(0, dtype=dtype, device=self.device)
             return _InFlight(None, nothing, nothing)
         sent = torch.cat([piece.reshape(-1) for piece in pieces] or [torch.empty(0, dtype=dtype, device=self.device)])
         in_sizes, out_sizes = [0] * self.world_size, [0] * self.world_size
-        for peer, place, region in leg.sends:
-            in_sizes[peer] += len(parcels[place].indices) * region.numel
-        for peer, place, region in leg.receives:
-            out_sizes[peer] += len(parcels[place].indices) * region.numel
+        for peer, place, region in spec.sends:
+            in_sizes[peer] += len(stacks[place].indices) * region.numel
+        for peer, place, region in spec.receives:
+            out_sizes[peer] += len(stacks[place].indices) * region.numel
         received = torch.empty(sum(out_sizes), dtype=dtype, device=self.device)
-        with meeting("exchange matrices"):
+        with collective("exchange matrices"):
             work = dist.all_to_all_single(received, sent, out_sizes, in_sizes, async_op=True)
         return _InFlight(work, received, sent)
 
-    def _assemble(
-        self, parcels: list[Parcel], leg: _Leg, whole: dict[int, Tensor], arriving: _InFlight
+    def _receive_shards(
+        self, stacks: list[Stack], spec: _AllToAllSpec, whole: dict[int, Tensor], arriving: _InFlight
     ) -> dict[int, Tensor]:
-        """Put what arrived into the owned matrices of a bucket."""
-        for place, region, piece in _pieces(leg, parcels, arriving):
+        """Put received shards into the owned matrices of a bucket."""
+        for place, region, piece in _pieces(spec, stacks, arriving):
             _write(whole[place], region, piece)
         return whole
 
-    def _send_back(
-        self, number: int, parcels: list[Parcel], results: dict[int, Tensor]
-    ) -> tuple[list[Parcel], dict[int, Tensor], _Leg, _InFlight]:
-        leg = self._ways_back[number]
-        in_flight = self._start(leg, [region.of(results[place]) for _, place, region in leg.sends], parcels)
+    def _send_results(
+        self, number: int, stacks: list[Stack], results: dict[int, Tensor]
+    ) -> tuple[list[Stack], dict[int, Tensor], _AllToAllSpec, _InFlight]:
+        spec = self._result_specs[number]
+        in_flight = self._start(spec, [region.of(results[place]) for _, place, region in spec.sends], stacks)
         own = {
-            place: self.matrices[parcels[place].indices[0]].region.of(result).flatten(1).clone()
+            place: self.matrices[stacks[place].indices[0]].region.of(result).flatten(1).clone()
             for place, result in results.items()
         }
-        return parcels, own, leg, in_flight
+        return stacks, own, spec, in_flight
 
-    def _deliver(self, parcels: list[Parcel], own: dict[int, Tensor], leg: _Leg, arriving: _InFlight) -> Stacks:
+    def _receive_results(
+        self, stacks: list[Stack], own: dict[int, Tensor], spec: _AllToAllSpec, arriving: _InFlight
+    ) -> StackedTensors:
         local = dict(own)
-        for place, _, piece in _pieces(leg, parcels, arriving):
+        for place, _, piece in _pieces(spec, stacks, arriving):
             local[place] = piece
-        for place, parcel in enumerate(parcels):
+        for place, stack in enumerate(stacks):
             if place not in local:
-                local[place] = torch.empty(len(parcel.indices), 0, device=self.device)
-        return [(parcel.indices, local[place]) for place, parcel in enumerate(parcels)]
+                local[place] = torch.empty(len(stack.indices), 0, device=self.device)
+        return [(stack.indices, local[place]) for place, stack in enumerate(stacks)]
 
 
-def _pieces(leg: _Leg, parcels: list[Parcel], arriving: _InFlight) -> Iterator[tuple[int, Region, Tensor]]:
-    """Wait, then give (parcel's place, region, tensor (K, elements)) of everything that arrived."""
+def _pieces(spec: _AllToAllSpec, stacks: list[Stack], arriving: _InFlight) -> Iterator[tuple[int, ShardRegion, Tensor]]:
+    """Wait, then yield (index of the stack, region, tensor (K, elements)) of everything received."""
     if arriving.work is not None:
-        with meeting("exchange matrices"):
+        with collective("exchange matrices"):
             arriving.work.wait()
-    counts = [len(parcels[place].indices) for _, place, _ in leg.receives]
-    sizes = [count * region.numel for count, (_, _, region) in zip(counts, leg.receives, strict=True)]
+    counts = [len(stacks[place].indices) for _, place, _ in spec.receives]
+    sizes = [count * region.numel for count, (_, _, region) in zip(counts, spec.receives, strict=True)]
     pieces = torch.split(arriving.received, sizes)
-    for count, (_, place, region), piece in zip(counts, leg.receives, pieces, strict=True):
+    for count, (_, place, region), piece in zip(counts, spec.receives, pieces, strict=True):
         yield place, region, piece.view(count, region.numel)
 
 
@@ -421,11 +357,11 @@ def _no_group() -> None:
     return None
 
 
-def _peer(item: tuple[int, int, Region]) -> int:
+def _peer(item: tuple[int, int, ShardRegion]) -> int:
     return item[0]
 
 
-def _write(full: Tensor, region: Region, flat: Tensor) -> None:
+def _write(full: Tensor, region: ShardRegion, flat: Tensor) -> None:
     """Into stacked matrices (K, rows, columns), shards (K, elements)."""
     target = region.of(full)
     target.copy_(flat.view(target.shape))

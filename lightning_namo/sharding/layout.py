@@ -1,4 +1,4 @@
-"""Where the local shard of a parameter lies in its matrix.
+"""Where the local shard of a parameter is in its matrix.
 
 Two words are kept apart. The *stored* matrix is the parameter flattened from dimension 1, ``(shape[0], rest)``, as
 torch lays it out and as the parallel strategies cut it. The *true* matrix has output features as rows and input
@@ -21,10 +21,10 @@ from lightning_namo.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Block:
+class Rectangle:
     """A rectangle of the stored matrix: rows ``[row, row_end)`` and columns ``[col, col_end)``.
 
-    Whole parameters, FSDP2 and tensor parallelism lie like this. The local tensor keeps its dimensions.
+    Whole parameters and shards of FSDP2 and tensor parallelism are rectangles. The local tensor keeps its dimensions.
     """
 
     row: int
@@ -57,10 +57,10 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Span:
-    """A run ``[start, stop)`` of the flattened stored matrix with ``width`` columns: what FSDP1 leaves on a rank.
+class FlatRange:
+    """A range ``[start, stop)`` of the flattened stored matrix with ``width`` columns: the shard of FSDP1.
 
-    The local tensor is one-dimensional. In calculations the run is padded with zeros to whole rows.
+    The local tensor is one-dimensional. In calculations the range is padded with zeros to whole rows.
     """
 
     start: int
@@ -74,12 +74,12 @@ class Span:
 
     @property
     def row(self) -> int:
-        """First row that the run touches."""
+        """First row of which the range has an element."""
         return self.start // self.width
 
     @property
     def row_end(self) -> int:
-        """One past the last row that the run touches."""
+        """One past the last row of which the range has an element."""
         return max(self.row, -(-self.stop // self.width))
 
     @property
@@ -97,7 +97,7 @@ class Span:
         return full.flatten(-2)[..., self.start : self.stop]
 
     def to_rectangle(self, local: Tensor) -> Tensor:
-        """Runs (K, ...) padded with zeros to the whole rows they touch, (K, row_end - row, width)."""
+        """Ranges (K, ...) padded with zeros to whole rows, (K, row_end - row, width)."""
         head = self.start - self.row * self.width
         tail = self.row_end * self.width - self.stop if self.numel else 0
         padded = nn.functional.pad(local.flatten(1), (head if self.numel else 0, tail)) if head or tail else local
@@ -115,7 +115,7 @@ class Span:
         return full[:, head : head + self.numel].reshape(len(rectangle), *shape)
 
 
-Region = Block | Span
+ShardRegion = Rectangle | FlatRange
 
 
 def stored_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -131,11 +131,11 @@ class Layout:
         shape: Full shape of the parameter as stored.
         region: The local part of the stored matrix.
         transposed: Whether the stored matrix is the transpose of the true one.
-        blocks: Row counts of the true matrices stacked in the parameter; one entry: a whole matrix.
+        blocks: Row counts of the true matrices stacked in the parameter; a single count: a whole matrix.
     """
 
     shape: tuple[int, ...]
-    region: Region
+    region: ShardRegion
     transposed: bool
     blocks: tuple[int, ...]
 
@@ -143,7 +143,7 @@ class Layout:
     def of(
         cls,
         shape: tuple[int, ...],
-        region: Region,
+        region: ShardRegion,
         *,
         transposed: bool,
         blocks: int | Sequence[int],
@@ -194,7 +194,7 @@ class Layout:
         """These shards' part of ``||X||_F^2`` (or of ``||X[:, j]||^2``) of each true matrix.
 
         Args:
-            local: Tensors (K, ...) that lie like the local shard.
+            local: Tensors (K, ...) that are laid out like the local shard.
             per_column: Whether to sum by column.
             dtype: In which to sum.
             workspace: For the squares of single elements.
@@ -219,7 +219,7 @@ class Layout:
                 sums.append(sum_of_squares(part, dtype))
         return torch.stack(sums, dim=1).view(len(local), *self.statistic_shape(per_column))
 
-    def spread(self, statistic: Tensor, per_column: bool, local_shape: torch.Size) -> Tensor:
+    def expand_to_shard(self, statistic: Tensor, per_column: bool, local_shape: torch.Size) -> Tensor:
         """Statistics (K, ...) of the true matrices, laid out to broadcast against local shards (K, *local_shape)."""
         if statistic.dim() == 1:
             return statistic.view(-1, *(1 for _ in local_shape))
@@ -233,12 +233,12 @@ class Layout:
         rectangle = statistic[..., col:col_end] if per_column else statistic.unsqueeze(-1)
         return self.region.from_rectangle(rectangle.mT if self.transposed else rectangle, local_shape)
 
-    def collect(self, local: Tensor, per_column: bool) -> Tensor:
-        """The inverse of `spread` for statistics that are not negative: zeros where this shard touches nothing.
+    def reduce_from_shard(self, local: Tensor, per_column: bool) -> Tensor:
+        """The inverse of `expand_to_shard` for statistics >= 0: zeros where this shard has no element.
 
         Args:
-            local: Statistics (K, ...), spread over tensors that lie like the local shard.
-            per_column: As given to `spread`.
+            local: Statistics (K, ...), expanded to tensors that are laid out like the local shard.
+            per_column: As given to `expand_to_shard`.
 
         Returns:
             K of `statistic_shape`; the largest over all shards is the whole.
@@ -251,7 +251,7 @@ class Layout:
         return torch.stack(parts, dim=1).view(len(local), *self.statistic_shape(per_column))
 
     def _true_bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Rows and columns of the true matrix that the local rectangle touches."""
+        """Rows and columns of the true matrix that the local rectangle spans."""
         rows, cols = (self.region.row, self.region.row_end), (self.region.col, self.region.col_end)
         return (cols, rows) if self.transposed else (rows, cols)
 

@@ -42,7 +42,7 @@ def refuse_sparse(name: str, grad: Tensor) -> None:
 def local_gradient(name: str, parameter: Tensor) -> Tensor | None:
     """The gradient's local shard, laid out like the parameter's; None if there is no gradient.
 
-    A gradient that lies otherwise (the partial sums of a replicated parameter) is replaced by one that does not.
+    A gradient in another layout (the partial sums of a replicated parameter) is replaced by one in the parameter's.
 
     Raises:
         ValueError: For a sparse gradient.

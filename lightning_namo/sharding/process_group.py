@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @contextlib.contextmanager
-def meeting(purpose: str) -> Iterator[None]:
+def collective(purpose: str) -> Iterator[None]:
     """Around a collective: what to look for if the others do not come.
 
     Raises:
@@ -30,6 +30,19 @@ def meeting(purpose: str) -> Iterator[None]:
 
 
 GLOO_LETS_GO_S = 0.2  # of what its threads hold, on a busy machine too
+
+
+def gather(value: Any, purpose: str) -> list[Any]:
+    """Every rank's value (pickled), in the order of the ranks.
+
+    Args:
+        value: This rank's.
+        purpose: What for, in the message of an error.
+    """
+    gathered: list[Any] = [None] * dist.get_world_size()
+    with collective(purpose):
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

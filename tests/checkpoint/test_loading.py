@@ -57,7 +57,7 @@ def assert_same(actual: object, expected: object) -> None:
 
 
 @all_optimizers
-@pytest.mark.parametrize("adopt", [False, True], ids=["own", "adopted"])
+@pytest.mark.parametrize("adopt", [False, True], ids=["own", "warm_start_states"])
 def test_a_contiguous_checkpoint_resumes_in_a_channels_last_model(cls, adopt):
     model, optimizer = trained(torch.optim.AdamW if adopt else cls)
     saved = copy.deepcopy(optimizer.state_dict())

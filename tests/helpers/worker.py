@@ -90,19 +90,19 @@ def train(
 
 
 def gathered_state(optimizer: OrthogonalizedOptimizer) -> dict[str, dict[str, Tensor]]:
-    """Whole state of every matrix: parameter-shaped entries are put together from all ranks' regions."""
-    entries, _, _ = optimizer._plan()
-    result: dict[str, dict[str, Tensor]] = {clean(entry.name): {} for entry in entries}
+    """Whole state of every matrix: parameter-shaped states are put together from all ranks' regions."""
+    matrices, _, _ = optimizer._prepare()
+    result: dict[str, dict[str, Tensor]] = {clean(matrix.name): {} for matrix in matrices}
     stored: dict[tuple[str, str], tuple[int, int]] = {}
     ours: dict[tuple[str, str], tuple[Any, Tensor]] = {}
-    for entry in entries:
-        name = clean(entry.name)
-        for key, value in optimizer.state[entry.parameter].items():
+    for matrix in matrices:
+        name = clean(matrix.name)
+        for key, value in optimizer.state[matrix.tensor].items():
             part = local(value)
             if key != "momentum_buffer" and not (key == "v" and isinstance(optimizer, AdaMuon)):
                 result[name][key] = part
             else:
-                stored[name, key], ours[name, key] = entry.layout.stored, (entry.layout.region, part.reshape(-1))
+                stored[name, key], ours[name, key] = matrix.layout.stored, (matrix.layout.region, part.reshape(-1))
     parts = [ours]
     if dist.is_initialized():
         parts = [{}] * dist.get_world_size()
@@ -197,6 +197,6 @@ def compare_layouts(
                 "state": max(relative_error(state[n][k], wanted_state[n][k]) for n in state for k in wanted_state[n]),
                 "replicas": {name: value.double().sum().item().hex() for name, value in weights.items()},
                 "wire": wire,
-                "elements": sum(e.layout.stored[0] * e.layout.stored[1] for e in optimizer._plan()[0]),
+                "elements": sum(e.layout.stored[0] * e.layout.stored[1] for e in optimizer._prepare()[0]),
             }
     return answers

@@ -1,7 +1,7 @@
 """What a step costs by counts, which need no clock: kernels, bytes and Python calls, held at what they are today.
 
-A step on the meta device dispatches the operations of one on an accelerator, one kernel or more each. What grew is named,
-against tests/data/counts.json, which `python -m tests.optim.test_counts` writes anew after a change that is meant.
+A step on the meta device dispatches the operations of one on an accelerator, at least a kernel each. What grew is told
+by name against tests/data/counts.json, which `python -m tests.optim.test_counts` writes anew after a meant change.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ def test_kernels_do_not_grow_with_elements_layers_or_equal_matrices(cls: type[Or
 def test_the_second_step_and_later_ones_make_no_plan(cls: type[OrthogonalizedOptimizer]) -> None:
     optimizer, made, plans = with_gradients(matrices(cls, 2, "cpu")), [], []
     for _ in range(3):
-        made.append(calls(optimizer.step)["sharding/assignment.py:make_plan"])
-        plans.append(optimizer._plan())
+        made.append(calls(optimizer.step)["sharding/assignment.py:assign"])
+        plans.append(optimizer._prepare())
     assert made == [1, 0, 0]
     assert plans[0] is plans[1] is plans[2]
 

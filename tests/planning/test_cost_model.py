@@ -23,7 +23,7 @@ from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.planning.cost_model import Estimate, estimate, overlapped
 from lightning_namo.planning.models import MODELS, build_model
 from lightning_namo.planning.simulated_mesh import LAYOUTS as NAMES
-from lightning_namo.planning.simulated_mesh import Grid, chunk
+from lightning_namo.planning.simulated_mesh import SimulatedMesh, chunk
 from lightning_namo.sharding.local import local_tensor
 from tests.distributed.test_memory import bucket, peak_of_a_step, size
 from tests.helpers.forked import run_python
@@ -63,10 +63,10 @@ def facts_of(module: nn.Module, algorithm: str, blocks: Any) -> dict[str, Any]:
     wire = Wire()
     with counted(wire):
         optimizer.step()
-    exchange = optimizer._plan()[2]
+    exchange = optimizer._prepare()[2]
     state = [local_tensor(value) for held in optimizer.state.values() for value in held.values()]
     return {
-        "plan": exchange.plan,
+        "assignment": exchange.assignment,
         "bytes_sent": exchange.bytes_sent,
         "wire": wire,
         "parameters": sum(local_tensor(p).nbytes for p in module.parameters()),
@@ -97,15 +97,15 @@ def real(world_size: int) -> list[dict[Any, Any]]:
     return run_ranks(real_ranks, world_size, SHARDED[world_size], timeout=200)
 
 
-def grid_of(layout: str, ranks: int) -> Grid:
+def grid_of(layout: str, ranks: int) -> SimulatedMesh:
     two = 2 if ranks % 2 == 0 else 1  # as in tests.helpers.layouts
     sizes = {"ddp": (ranks, 1, 1), "hsdp": (ranks // two, two, 1), "fsdp2+tp": (1, ranks // two, two)}
-    return Grid(*sizes.get(layout, (1, ranks, 1)))
+    return SimulatedMesh(*sizes.get(layout, (1, ranks, 1)))
 
 
 def check(result: Estimate, ranks: list[dict[str, Any]]) -> None:
     for rank, facts in zip(result.ranks, ranks, strict=True):
-        assert facts["plan"] == result.plan
+        assert facts["assignment"] == result.assignment
         assert facts["bytes_sent"] == facts["wire"].exchanged == rank.sent
         assert facts["wire"].summed == result.reduced
         assert facts["wire"].calls.count("all_to_all") == result.all_to_alls
@@ -134,7 +134,7 @@ def test_plan_bytes_and_state_are_those_of_real_ranks(layout: str, algorithm: st
 def test_a_sharded_gpt2_is_as_estimated(world_size: int, replicas: int, tensor: int) -> None:
     with torch.device("meta"):
         optimizer = optimizer_of(gpt2(), "namo")
-    result = estimate(optimizer, Grid(replicas, world_size // replicas // tensor, tensor))
+    result = estimate(optimizer, SimulatedMesh(replicas, world_size // replicas // tensor, tensor))
     check(result, [facts[replicas, tensor] for facts in real(world_size)])
 
 
@@ -148,13 +148,15 @@ def square_matrices(iteration: str) -> OrthogonalizedOptimizer:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("iteration", ITERATIONS)
 def test_peak_buffers_are_within_a_tenth_of_measured_ones(iteration: str, world_size: int) -> None:
-    result = estimate(square_matrices(iteration), Grid.of("fsdp2", world_size), dtype=getattr(torch, iteration))
+    result = estimate(
+        square_matrices(iteration), SimulatedMesh.of("fsdp2", world_size), dtype=getattr(torch, iteration)
+    )
     expected = max(rank.buffers for rank in result.ranks)
     assert expected == pytest.approx(max(facts["peak", iteration] for facts in real(world_size)), rel=0.1)
 
 
 def test_buffers_are_those_of_the_iteration_that_the_environment_sets_and_of_bfloat16_by_default() -> None:
-    grid, optimizer = Grid.of("fsdp2", 2), square_matrices("float32")
+    grid, optimizer = SimulatedMesh.of("fsdp2", 2), square_matrices("float32")
     given = {name: estimate(optimizer, grid, dtype=getattr(torch, name)).ranks for name in ITERATIONS}
     assert given["float32"] != given["bfloat16"]
     for name, expected in ((None, "bfloat16"), *zip(ITERATIONS, ITERATIONS, strict=True)):
@@ -173,7 +175,7 @@ def test_chunks_are_those_of_torch_chunk(length: int, parts: int) -> None:
 def test_nothing_of_70_billion_parameters_takes_memory_and_1024_ranks_are_planned_in_seconds() -> None:
     module = build_model("llama_70b").module
     optimizer = build_optimizer(module, NAMO)
-    result = estimate(optimizer, Grid.of("fsdp2", 1024), tokens_per_step=4 * 2**20)
+    result = estimate(optimizer, SimulatedMesh.of("fsdp2", 1024), tokens_per_step=4 * 2**20)
     assert all(parameter.is_meta for parameter in module.parameters())
     assert all(value.is_meta for state in optimizer.state.values() for value in state.values())
     assert result.elements == 68_976_648_192  # of the published model

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lightning_namo.polar.cost import newton_schulz_flops
-from lightning_namo.sharding.assignment import Matrix, assign_owners, make_plan
-from lightning_namo.sharding.layout import Block, Region, Span
+from lightning_namo.sharding.assignment import Matrix, assign, assign_owners
+from lightning_namo.sharding.layout import FlatRange, Rectangle, ShardRegion
 
 GPT2 = {"small": (12, 768), "medium": (24, 1024), "large": (36, 1280)}
 
@@ -71,7 +71,7 @@ def test_more_ranks_than_matrices_leave_ranks_idle() -> None:
     assert sorted(assign_owners([5, 5, 5], 7)) == [0, 1, 2]
 
 
-def published(by_rank: list[list[Region]], shapes: list[tuple[int, int]], name: str = "w") -> list[list[Matrix]]:
+def published(by_rank: list[list[ShardRegion]], shapes: list[tuple[int, int]], name: str = "w") -> list[list[Matrix]]:
     return [
         [
             Matrix(f"{name}{i}", s, torch.bfloat16, s[0] * s[1], r)
@@ -82,8 +82,8 @@ def published(by_rank: list[list[Region]], shapes: list[tuple[int, int]], name: 
 
 
 def test_replicas_send_a_region_once_and_an_owner_sends_itself_nothing() -> None:
-    top, bottom = Block(0, 2, 0, 4), Block(2, 4, 0, 4)
-    plan = make_plan(published([[top], [bottom], [top], [bottom]], [(4, 4)]), 1000)  # HSDP 2 x 2
+    top, bottom = Rectangle(0, 2, 0, 4), Rectangle(2, 4, 0, 4)
+    plan = assign(published([[top], [bottom], [top], [bottom]], [(4, 4)]), 1000)  # HSDP 2 x 2
     owner = plan.owners[0]
     assert set(plan.senders[0]) == {top, bottom}
     held = top if owner in (0, 2) else bottom
@@ -91,8 +91,8 @@ def test_replicas_send_a_region_once_and_an_owner_sends_itself_nothing() -> None
 
 
 def test_ranks_own_what_they_hold_where_the_loads_allow() -> None:
-    whole, nothing = Span(0, 16, 4), Span(0, 0, 4)
-    plan = make_plan(
+    whole, nothing = FlatRange(0, 16, 4), FlatRange(0, 0, 4)
+    plan = assign(
         published([[nothing, nothing, whole], [whole, nothing, nothing], [nothing, whole, nothing]], [(4, 4)] * 3), 1000
     )
     assert plan.owners == (1, 2, 0)
@@ -100,8 +100,8 @@ def test_ranks_own_what_they_hold_where_the_loads_allow() -> None:
 
 def test_buckets_bound_what_a_rank_assembles_and_hold_every_matrix_once() -> None:
     shapes = [(4, 4), (8, 4), (4, 4), (16, 16), (2, 4)]
-    whole = [[Block(0, m, 0, n) for m, n in shapes]] * 2
-    plan = make_plan(published(whole, shapes), 100)
+    whole = [[Rectangle(0, m, 0, n) for m, n in shapes]] * 2
+    plan = assign(published(whole, shapes), 100)
     assert sorted(i for bucket in plan.buckets for i in bucket) == list(range(len(shapes)))
     for bucket in plan.buckets:
         for rank in range(2):
@@ -113,14 +113,14 @@ def test_buckets_bound_what_a_rank_assembles_and_hold_every_matrix_once() -> Non
 @pytest.mark.parametrize("mib", [8, 32])
 def test_ranks_that_wait_for_each_other_at_every_bucket_lose_little(size: str, mib: int) -> None:
     shapes, costs = gpt2_shapes(size), gpt2_costs(size)
-    regions = [Block(0, rows, 0, cols) for rows, cols in shapes]
+    regions = [Rectangle(0, rows, 0, cols) for rows, cols in shapes]
     matrices = [
         Matrix(f"w{i}", shape, torch.bfloat16, cost, region)
         for i, (shape, cost, region) in enumerate(zip(shapes, costs, regions, strict=True))
     ]
     lost = []
     for world_size in range(2, 65):
-        plan = make_plan([matrices] * world_size, mib * 2**20)
+        plan = assign([matrices] * world_size, mib * 2**20)
         of_ranks = range(world_size)
         work = [[sum(costs[i] for i in b if plan.owners[i] == rank) for rank in of_ranks] for b in plan.buckets]
         lost.append(sum(max(loads) for loads in work) / busiest(costs, plan.owners))
@@ -132,19 +132,19 @@ def test_ranks_that_wait_for_each_other_at_every_bucket_lose_little(size: str, m
 @pytest.mark.parametrize(
     "regions",
     [
-        [Block(0, 2, 0, 4), Block(3, 4, 0, 4)],  # a row missing
-        [Block(0, 2, 0, 4), Block(1, 4, 0, 4)],  # a row twice
-        [Block(0, 4, 0, 2), Block(0, 4, 2, 3)],  # a column missing
-        [Span(0, 7, 4), Span(8, 16, 4)],  # an element missing
+        [Rectangle(0, 2, 0, 4), Rectangle(3, 4, 0, 4)],  # a row missing
+        [Rectangle(0, 2, 0, 4), Rectangle(1, 4, 0, 4)],  # a row twice
+        [Rectangle(0, 4, 0, 2), Rectangle(0, 4, 2, 3)],  # a column missing
+        [FlatRange(0, 7, 4), FlatRange(8, 16, 4)],  # an element missing
     ],
 )
-def test_shards_that_do_not_make_up_a_matrix_are_refused(regions: list[Region]) -> None:
+def test_shards_that_do_not_make_up_a_matrix_are_refused(regions: list[ShardRegion]) -> None:
     with pytest.raises(ValueError, match=r"Expected the shards of w0 \(4, 4\) to make up the whole matrix"):
-        make_plan(published([[region] for region in regions], [(4, 4)]), 1000)
+        assign(published([[region] for region in regions], [(4, 4)]), 1000)
 
 
 def test_ranks_that_disagree_are_named_with_what_differs() -> None:
-    whole = Block(0, 4, 0, 4)
+    whole = Rectangle(0, 4, 0, 4)
     ours, theirs = published([[whole]], [(4, 4)])[0], published([[whole]], [(4, 4)], name="other")[0]
     with pytest.raises(ValueError, match=r"rank 0 has w0 \(4, 4\) torch.bfloat16 where rank 1 has other0"):
-        make_plan([ours, theirs], 1000)
+        assign([ours, theirs], 1000)
