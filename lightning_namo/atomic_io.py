@@ -10,7 +10,9 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+BLOCK = 2**20  # bytes to read at a time
 
 
 def check_output(path: Path, overwrite: bool) -> None:
@@ -21,10 +23,12 @@ def check_output(path: Path, overwrite: bool) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path to write a file or a folder to; once that is complete it takes the place of another one.
+    """Yield a path to write a file or a folder to; when it is complete it replaces what was there.
+
+    Until then its name starts with a dot. After an error nothing is replaced.
 
     Args:
-        path: Where it is to be; folders above it are made.
+        path: Of the file or folder; folders above it are made.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -39,21 +43,6 @@ def replacing(path: Path) -> Iterator[Path]:
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             leftover.unlink(missing_ok=True)
-
-
-BLOCK = 2**20  # bytes to read at a time
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes its place only when it is complete; until then its name starts with a dot."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def blocks(path: Path) -> Iterator[bytes]:
@@ -81,5 +70,5 @@ def read_json(path: Path) -> Any:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file, whole or not at all."""
-    with atomic(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode("utf-8"))
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace, auto_cli
 from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -17,6 +17,24 @@ from lightning_namo import types
 from lightning_namo.cli.commands import COMMANDS, LEADING, PROGRAM
 from lightning_namo.cli.lightning_cli import NamoCLI
 from lightning_namo.sharding.process_group import initialized, leave
+
+
+class RecipeParser(ArgumentParser):
+    """Takes configs of `fit`, of which it leaves out the options that only a run needs."""
+
+    ONLY_FOR_RUNS = ("seed_everything", "ckpt_path", "weights_only")
+
+    def __init__(self, *args: Any, prog: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, prog=prog, **kwargs)
+        for key in self.ONLY_FOR_RUNS if prog else ():  # the parsers of the classes in a config have none
+            self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse as usual."""
+        parsed = super().parse_args(*args, **kwargs)
+        for key in self.ONLY_FOR_RUNS:
+            parsed.pop(key, None)
+        return parsed
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -35,7 +53,13 @@ def main(args: Sequence[str] | None = None) -> None:
             options = arguments[len(name.split()) :]
             if name in LEADING and options and not options[0].startswith("-"):
                 options = [f"--{LEADING[name]}", *options]
-            result = auto_cli(COMMANDS[name], args=options, as_positional=False, prog=f"{PROGRAM} {name}")
+            result = auto_cli(
+                COMMANDS[name],
+                args=options,
+                as_positional=False,
+                prog=f"{PROGRAM} {name}",
+                parser_class=RecipeParser if name == "plan" else ArgumentParser,
+            )
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:
             NamoCLI(arguments)

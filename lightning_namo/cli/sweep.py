@@ -6,7 +6,6 @@ import csv
 import itertools
 import json
 import math
-import os
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from lightning_namo import types
+from lightning_namo.atomic_io import replacing, write_json
 
 RESULT, TABLE = "result.json", "results.csv"
 
@@ -63,44 +63,44 @@ def sweep(
     Raises:
         ValueError: A file that is missing or says something else, or a job that is not in it.
     """
-    plan = _read(Path(file))
-    runs, out_dir = list(_runs(plan)), Path(plan["out_dir"])
+    description = _read(Path(file))
+    runs, out_dir = list(_runs(description)), Path(description["out_dir"])
     if job is not None and job >= len(runs):
         raise ValueError(f"Expected a job from 0 to {len(runs) - 1}. Got {job}: {file} has {len(runs)} runs.")
     if print_jobs:
         return "\n".join(shlex.join(["lightning-namo", *run.command(str(out_dir))]) for run in runs)
     for number, run in enumerate(runs):
         if not only_table and job in (None, number) and not (out_dir / run.name / RESULT).is_file():
-            _do(run, out_dir, plan["metric"], f"{number + 1} of {len(runs)}")
-    return _table(runs, out_dir, plan["metric"])
+            _do(run, out_dir, description["metric"], f"{number + 1} of {len(runs)}")
+    return _table(runs, out_dir, description["metric"])
 
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"Expected a file that describes a sweep. Got {path}, which does not exist.")
     try:
-        plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+        description = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"Expected YAML in {path}. Got: {error}") from error
-    if not isinstance(plan, dict) or not {"base", "out_dir", "grids"} <= set(plan) <= KEYS:
-        got = sorted(map(str, plan)) if isinstance(plan, dict) else plan
+    if not isinstance(description, dict) or not {"base", "out_dir", "grids"} <= set(description) <= KEYS:
+        got = sorted(map(str, description)) if isinstance(description, dict) else description
         raise ValueError(f"Expected base, out_dir, grids and, if need be, metric in {path}. Got {got}.")
-    for grid in plan["grids"]:
+    for grid in description["grids"]:
         values = grid.get("values") if isinstance(grid, dict) else None
         if not isinstance(values, dict) or not all(isinstance(v, list) and v for v in values.values()):
             raise ValueError(f"Expected each grid in {path} to have values, from options to lists. Got {grid}.")
-    return {"metric": "val/loss", **plan}
+    return {"metric": "val/loss", **description}
 
 
-def _runs(plan: dict[str, Any]) -> Iterator[Run]:
-    for grid in plan["grids"]:
+def _runs(description: dict[str, Any]) -> Iterator[Run]:
+    for grid in description["grids"]:
         layer = [grid["config"]] if "config" in grid else []
         for combination in itertools.product(*grid["values"].values()):
             values = tuple(zip(grid["values"], combination, strict=True))
             parts = [Path(grid["config"]).stem] if layer else []
             tried = [(key, value) for key, value in values if len(grid["values"][key]) > 1]
             parts += [f"{key.rpartition('.')[2]}={_as_text(value)}" for key, value in tried]
-            yield Run("_".join(parts), (*plan["base"], *layer), values)
+            yield Run("_".join(parts), (*description["base"], *layer), values)
 
 
 def _do(run: Run, out_dir: Path, metric: str, which: str) -> None:
@@ -115,9 +115,7 @@ def _do(run: Run, out_dir: Path, metric: str, which: str) -> None:
     seconds = round(time.monotonic() - began, 1)
     folder = out_dir / run.name
     result = {**dict(run.values), **_measured(folder, metric), "seconds": seconds}
-    partial = folder / f"{RESULT}.partial"
-    partial.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    os.replace(partial, folder / RESULT)
+    write_json(folder / RESULT, result)
 
 
 def _measured(folder: Path, metric: str) -> dict[str, Any]:
@@ -139,12 +137,11 @@ def _table(runs: list[Run], out_dir: Path, metric: str) -> dict[str, Any]:
     ]
     summary: dict[str, Any] = {"table": str(out_dir / TABLE), "done": len(rows), "runs": len(runs)}
     if rows:
-        partial = out_dir / f"{TABLE}.{os.getpid()}"
-        with partial.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        with replacing(out_dir / TABLE) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(partial, out_dir / TABLE)
         summary["best"] = min(rows, key=lambda row: row[metric] if math.isfinite(row[metric]) else math.inf)
     return summary
 

@@ -33,12 +33,11 @@ from lightning_namo.routing.split import split_parameters
 
 _REFUSALS = (ArithmeticError, RuntimeError, TypeError, ValueError)  # what constructors raise for their arguments
 _KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in place of the path of a checkpoint
-_MOST_VALUES = 100_000  # of a config; the parser copies them many times
 _SHARDED = ("meta.pt", ".metadata", "checkpoint")  # in the folder of a checkpoint of FSDP, FSDP2 or DeepSpeed
 
 
 def check_config(config: str) -> None:
-    """Refuse a config that is no text or no mapping, names a key twice, or contains itself.
+    """Refuse a config that is no text or no mapping, or that names a key twice.
 
     YAML's other errors are left to the parser, which names the line.
 
@@ -64,31 +63,22 @@ def check_config(config: str) -> None:
     if is_file and not isinstance(root, yaml.MappingNode):
         got = "an empty file" if root is None else f"{root.value!r:.60}"
         raise ValueError(f"Expected {name} to be a mapping of sections (model:, data:, optim:, trainer:). Got {got}.")
-    if (size := _check_node(name, root, (), {})) > _MOST_VALUES:
-        raise ValueError(f"Expected {name} to have at most {_MOST_VALUES} values. Its aliases make {size} of them.")
-
-
-def _check_node(name: str, node: Any, above: tuple[Any, ...], sizes: dict[Any, int]) -> int:
-    """How many values a node has, aliases written out."""
-    if not isinstance(node, yaml.CollectionNode):
-        return 1
-    line = node.start_mark.line + 1
-    if node in above:
-        raise ValueError(f"Expected no anchor in {name} to contain itself. Got one in line {line}.")
-    if node in sizes:
-        return sizes[node]
-    children = node.value
-    if isinstance(node, yaml.MappingNode):
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for key, count in keys.items():
-            if count > 1:
-                raise ValueError(
-                    f"Expected each key of {name} once. Got {key!r} {count} times in the mapping that begins in line "
-                    f"{line}."
-                )
-        children = [child for pair in node.value for child in pair]
-    sizes[node] = 1 + sum(_check_node(name, child, (*above, node), sizes) for child in children)
-    return sizes[node]
+    seen: set[Any] = set()  # aliases lead to the same node again
+    nodes = [root]
+    while nodes:
+        node = nodes.pop()
+        if not isinstance(node, yaml.CollectionNode) or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for key, count in keys.items():
+                if count > 1:
+                    raise ValueError(
+                        f"Expected each key of {name} once. Got {key!r} {count} times in the mapping that begins in "
+                        f"line {node.start_mark.line + 1}."
+                    )
+        nodes += [child for pair in node.value for child in (pair if isinstance(pair, tuple) else (pair,))]
 
 
 def check_sections(sections: Namespace) -> None:

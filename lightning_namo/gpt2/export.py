@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,7 +23,6 @@ SPECIAL = ("bos_token", "eos_token", "unk_token")
 def export(
     ckpt_path: str,
     out_dir: str,
-    to: Literal["hf"] = "hf",
     data_dir: str | None = None,
     vocab_size: types.PositiveInt | None = None,
     overwrite: bool = False,
@@ -36,7 +35,6 @@ def export(
     Args:
         ckpt_path: Checkpoint of one device, DDP, FSDP or ModelParallelStrategy, one file or sharded (a folder).
         out_dir: Folder to write.
-        to: Format: hf is that of Hugging Face's transformers.
         data_dir: Folder with the run's tokenizer.json.
         vocab_size: Tokens in the vocabulary without its padding, for token files without a tokenizer.json; rows of
             the embedding beyond it are left out.

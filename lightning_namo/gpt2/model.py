@@ -196,43 +196,6 @@ class GPT2(nn.Module):
             x = block(x)
         return self.lm_head(net["ln_f"](x))  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Continue the sequences, with dropout off; see `sample` for the arguments.
-
-        Args:
-            idx: Token ids to continue, `(B, T)` with T of at least 1.
-            max_new_tokens: Tokens to add, N.
-            temperature: Divides the logits; 0 takes the likeliest token.
-            top_k: Draw from this many of the likeliest tokens only.
-            generator: Source of randomness, on the device of `idx`; torch's own if None.
-
-        Returns:
-            The ids with their continuation, `(B, T + N)`.
-        """
-        training = self.training
-        self.eval()
-        try:
-            return sample(
-                self,
-                idx,
-                max_new_tokens,
-                block_size=self.config.block_size,
-                temperature=temperature,
-                top_k=top_k,
-                generator=generator,
-            )
-        finally:
-            self.train(training)
-
 
 @torch.no_grad()
 def sample(

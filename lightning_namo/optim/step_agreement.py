@@ -36,7 +36,7 @@ class StepAgreement:
 
     def __init__(self, exchange: Exchange, names: Sequence[str], label: Callable[[str], str]) -> None:
         self._exchange, self._names, self._label = exchange, names, label
-        self._alarm = Alarm(exchange.device)
+        self.alarm = Alarm(exchange.device)
         self._hyper: HyperParameters = []  # of the step that the alarm is of
 
     def numbers(self, hyper: HyperParameters, refusal: Exception | None, largest: Sequence[Tensor]) -> list[Tensor]:
@@ -87,8 +87,8 @@ class StepAgreement:
             total, difference = largest
             everywhere = ~torch.cat([(found > 0).all(dim=0) for found in presence])
             flags.append(everywhere & (difference.abs() > self._exchange.tolerance_of_adamw * total))
-        self._alarm.set(torch.cat([flag.flatten().float() for flag in flags]))
-        if self._alarm.at_once:
+        self.alarm.set(torch.cat([flag.flatten().float() for flag in flags]))
+        if self.alarm.at_once:
             self.raise_disagreement(refusal)
 
     def raise_disagreement(self, refusal: Exception | None) -> None:
@@ -98,13 +98,13 @@ class StepAgreement:
             RuntimeError: A rank refused its gradients, or the gradients of replicas differ.
             ValueError: Hyper-parameters differ.
         """
-        flags, exchange = self._alarm.read(), self._exchange
+        flags, exchange = self.alarm.read(), self._exchange
         if not any(flags):
             return
         different, refused, differing = flags[0], flags[1:][: exchange.world_size], flags[1 + exchange.world_size :]
         if any(refused):
             rank, reason = refused.index(1.0), "Its own message says why."
-            if self._alarm.at_once:
+            if self.alarm.at_once:
                 reason = gather(str(refusal or ""), "tell what they cannot use")[rank]
             raise refusal or RuntimeError(
                 f"Expected all ranks to have gradients, but rank {rank} refused its own. {reason}"

@@ -34,9 +34,6 @@ def plan(
     optim: OptimizerCallback | None = None,
     data: LightningDataModule | None = None,
     trainer: Callable[[], Trainer] | None = None,
-    seed_everything: Any = None,
-    ckpt_path: Any = None,
-    weights_only: Any = None,
 ) -> dict[str, Any] | str:
     """Say what a step would cost on many ranks: owners, FLOPs, bytes, memory and time, computed and not measured.
 
@@ -61,9 +58,6 @@ def plan(
         optim: The recipe's; NAMO by default.
         data: The recipe's.
         trainer: The recipe's.
-        seed_everything: Not used; recipes have it.
-        ckpt_path: Not used; recipes have it.
-        weights_only: Not used; recipes have it.
 
     Returns:
         The tables, or with `json` plain numbers.

@@ -222,7 +222,7 @@ class Exchange:
         work: Callable[[StackedTensors], list[Tensor]],
     ) -> StackedTensors:
         whole = [
-            (stack.indices, shards(stack.indices).view(-1, *self.matrices[stack.indices[0]].shape)) for stack in stacks
+            (s.indices, shards(s.indices).view(len(s.indices), *self.matrices[s.indices[0]].shape)) for s in stacks
         ]
         return [(indices, result.flatten(1)) for (indices, _), result in zip(whole, work(whole), strict=True)]
 

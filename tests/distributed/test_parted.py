@@ -272,7 +272,7 @@ def without_waiting(rank: int) -> list[list[str]]:
         module = new_module()
         optimizer = build_optimizer(module, NAMO, **HYPER)
         optimizer.sharing()  # plans
-        optimizer._alarm.at_once = False
+        optimizer._agreement.alarm.at_once = False
         said = []
         for step in range(3):
             set_gradients(module, step)

@@ -78,7 +78,7 @@ def saved(path: Path, data: Any) -> Path:
 
 
 def test_the_exported_model_computes_the_same_logits_and_generates(trained: Path, tmp_path: Path) -> None:
-    main(["export", "--ckpt_path", str(trained), "--to", "hf", "--out_dir", str(tmp_path / "hf")])
+    main(["export", "--ckpt_path", str(trained), "--out_dir", str(tmp_path / "hf")])
     module = GPT2Module.load_from_checkpoint(trained, map_location="cpu").eval()
     model, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

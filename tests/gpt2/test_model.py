@@ -118,15 +118,15 @@ def test_a_token_does_not_see_what_follows() -> None:
     assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
-def test_generate_depends_on_the_seed_alone_and_leaves_the_model_as_it_was() -> None:
-    model = _small(dropout=0.5).train()
-    idx = _ids(2, 3)
-    first, again, other = (model.generate(idx, 8, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4))
+def test_samples_depend_on_the_seed_alone() -> None:
+    model, idx = _small().eval(), _ids(2, 3)
+    first, again, other = (
+        sample(model, idx, 8, block_size=16, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
     assert first.shape == (2, 11)
     assert torch.equal(first[:, :3], idx)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert model.training
 
 
 def test_sampling_sees_the_last_block_size_tokens() -> None:
@@ -146,8 +146,8 @@ def test_temperature_zero_and_top_k_one_take_the_likeliest_token() -> None:
     model = _small().eval()
     idx = _ids(2, 5)
     expected = model(idx)[:, -1].argmax(dim=-1)
-    assert torch.equal(model.generate(idx, 1, temperature=0.0)[:, -1], expected)
-    assert torch.equal(model.generate(idx, 1, top_k=1)[:, -1], expected)
+    assert torch.equal(sample(model, idx, 1, block_size=16, temperature=0.0)[:, -1], expected)
+    assert torch.equal(sample(model, idx, 1, block_size=16, top_k=1)[:, -1], expected)
 
 
 def test_top_k_draws_from_the_likeliest_only() -> None:
@@ -163,9 +163,12 @@ def test_top_k_draws_from_the_likeliest_only() -> None:
         (lambda: GPT2Config(n_layer=0), "n_layer of at least 1. Got 0"),
         (lambda: GPT2Config(dropout=1.0), r"dropout in \[0, 1\). Got 1.0"),
         (lambda: _small()(_ids(1, 17)), "block_size=16 tokens. Got 17"),
-        (lambda: _small().generate(_ids(1, 0), 1), r"at least one token. Got shape \(1, 0\)"),
-        (lambda: _small().generate(_ids(1, 1), 1, temperature=-1.0), "temperature of at least 0. Got -1.0"),
-        (lambda: _small().generate(_ids(1, 1), 1, top_k=0), "top_k of at least 1, or None. Got 0"),
+        (lambda: sample(_small(), _ids(1, 0), 1, block_size=16), r"at least one token. Got shape \(1, 0\)"),
+        (
+            lambda: sample(_small(), _ids(1, 1), 1, block_size=16, temperature=-1.0),
+            "temperature of at least 0. Got -1.0",
+        ),
+        (lambda: sample(_small(), _ids(1, 1), 1, block_size=16, top_k=0), "top_k of at least 1, or None. Got 0"),
     ],
 )
 def test_errors_say_what_was_expected_and_what_came(call: object, message: str) -> None:

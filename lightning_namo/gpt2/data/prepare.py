@@ -12,11 +12,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from lightning_namo import types
-from lightning_namo.atomic_io import atomic, read_json, sha256, write_json
+from lightning_namo.atomic_io import read_json, replacing, sha256, write_json
 from lightning_namo.gpt2.data.corpus import CORPUS_SHA256, load_speeches
 from lightning_namo.gpt2.data.documents import Split, choose, find_files, read, scan
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT, Encoder, load_encoder, load_tokenizer, train_tokenizer
-from lightning_namo.gpt2.data.tokenize import Job, Part, clear, encode_parts, is_folder_of, open_folder, plan
+from lightning_namo.gpt2.data.tokenize import Job, Part, clear, encode_parts, gather_parts, is_folder_of, open_folder
 
 __all__ = ["END_OF_TEXT", "SPEECHES_VOCAB_SIZE", "load_tokenizer", "prepare", "prepare_speeches", "train_tokenizer"]
 
@@ -109,7 +109,7 @@ def prepare_files(
     if is_current(folder, source):
         print(f"The token files in {folder} are of these files and settings already.", file=sys.stderr)
         return dict(read_json(folder / "meta.json"))
-    parts = plan(scan(files, text_key))
+    parts = gather_parts(scan(files, text_key))
     split = choose(sum(part.documents for part in parts), val_fraction, seed)
     partial = folder / "partial"
     manifest["parts"] = [part.first for part in parts]
@@ -172,7 +172,7 @@ def _write(
     _write_tokenizer(folder, encoder.tokenizer)
     meta: dict[str, Any] = {"tokenizer": encoder.name, "vocab_size": encoder.tokenizer.get_vocab_size()}
     for name, chunks in ids.items():
-        with atomic(folder / f"{name}.bin") as file:
+        with replacing(folder / f"{name}.bin") as temporary, temporary.open("wb") as file:
             file.writelines(chunks)
             meta[f"{name}_tokens"] = file.tell() // 2
     meta |= more | {"sha256": {name: sha256(folder / name) for name in FILES}, "source": source}
@@ -194,8 +194,8 @@ def _kept_tokenizer(partial: Path, manifest: dict[str, Any]) -> Tokenizer | None
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    with atomic(folder / "tokenizer.json") as file:
-        file.write(tokenizer.to_str(pretty=True).encode("utf-8"))
+    with replacing(folder / "tokenizer.json") as temporary:
+        temporary.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="")
 
 
 def _digest(text: str) -> str:

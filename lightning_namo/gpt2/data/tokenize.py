@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from lightning_namo.atomic_io import atomic, blocks, read_json, write_json
+from lightning_namo.atomic_io import blocks, read_json, replacing, write_json
 from lightning_namo.gpt2.data.documents import Span, Split, read
 from lightning_namo.gpt2.data.encoding import Encoder
 
@@ -52,7 +52,7 @@ class Part:
         return sum(span.size for span in self.spans)
 
 
-def plan(spans: Iterable[Span]) -> list[Part]:
+def gather_parts(spans: Iterable[Span]) -> list[Part]:
     """Gather spans into parts, which depend on the files only, not on who encodes them."""
     parts: list[Part] = []
     first, size, gathered = 0, 0, list[Span]()
@@ -89,8 +89,9 @@ class Job:
         """Encode a part and return its size. Blank documents of .parquet files are left out."""
         paths = {name: self.path(part, name) for name in NAMES}
         documents = dict.fromkeys(NAMES, 0)
-        with atomic(paths["train"]) as train, atomic(paths["val"]) as val:
-            files = {"train": train, "val": val}
+        with contextlib.ExitStack() as stack:
+            temporary = {name: stack.enter_context(replacing(path)) for name, path in paths.items()}
+            files = {name: stack.enter_context(path.open("wb")) for name, path in temporary.items()}
             for number, text in enumerate(read(part.spans, self.text_key), start=part.first):
                 for name, share in self.split.divide(number, text) if text.strip() else ():
                     documents[name] += 1
@@ -178,8 +179,8 @@ def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[int]:
     # Spawned, not forked: tokenizers and pyarrow have threads, which do not survive a fork. The job goes by a file, as
     # what does not fit into a pipe keeps each process from being started until the one before has imported torch.
     file = job.folder / "job.pickle"
-    with atomic(file) as stream:
-        pickle.dump(job, stream)
+    with replacing(file) as temporary:
+        temporary.write_bytes(pickle.dumps(job))
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start, (file,))
     try:
         for future in as_completed([pool.submit(_encode, part) for part in parts]):

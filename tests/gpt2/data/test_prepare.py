@@ -340,7 +340,7 @@ class Killed(Encoder):
 def test_a_killed_process_ends_the_run_with_what_to_do(gpt2: Encoder, tmp_path: Path) -> None:
     _jsonl(tmp_path / "texts", TEXTS)
     job = tokenize.Job(tmp_path, Killed(gpt2.tokenizer, "gpt2"), documents.choose(60, 0.1, 0), "text")
-    plan = tokenize.plan(documents.scan([tmp_path / "texts.jsonl"], "text"))
+    plan = tokenize.gather_parts(documents.scan([tmp_path / "texts.jsonl"], "text"))
     with pytest.raises(RuntimeError, match=r"One of them was killed.*: the same command goes on with what is finished"):
         tokenize.encode_parts(job, plan, num_proc=2)
 
