@@ -1,4 +1,4 @@
-"""What travels in a step of NAMO and what is computed meanwhile, from a trace of torch.profiler.
+"""Communication and computation in a step of NAMO, from a trace of torch.profiler.
 
     python examples/benchmarks/overlap.py --figure overlap.png --trace traces   # the latter for ui.perfetto.dev
 
@@ -91,7 +91,7 @@ def read(profiler: profile, device: torch.device) -> list[Bar]:
 
 
 def hidden(bars: list[Bar]) -> float:
-    """The part of the all-to-alls' time that lies under computation."""
+    """The fraction of the all-to-alls' time that is overlapped by computation."""
     sent, done = [bar for bar in bars if bar.row in METHODS], [bar for bar in bars if bar.row == "work"]
     under = sum(max(0.0, min(a.end, b.end) - max(a.begin, b.begin)) for a in sent for b in done)
     return under / sum(bar.end - bar.begin for bar in sent)
