@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_namo.checkpoint.parameter_state import ParameterState, State, whole
 from lightning_namo.sharding.layout import FlatRange, Rectangle, ShardRegion, stored_shape
 from lightning_namo.sharding.local import local_tensor
+from lightning_namo.sharding.process_group import largest_over_ranks
 
 STATISTICS = ("step", "skipped", "v")  # kept in float32 at least, whatever the parameter's dtype
 
@@ -97,7 +97,7 @@ def sync_statistics(states: Sequence[State], parameters: Sequence[ParameterState
     ]
     device = local_tensor(parameters[0].tensor).device
     flat = torch.cat([state[key].reshape(-1).to(device, torch.float64) for state, key in keys])
-    dist.all_reduce(flat, op=dist.ReduceOp.MAX)
+    largest_over_ranks(flat)
     sizes = [state[key].numel() for state, key in keys]
     for (state, key), values in zip(keys, torch.split(flat, sizes), strict=True):
         state[key] = values.view(state[key].shape).to(state[key].dtype)

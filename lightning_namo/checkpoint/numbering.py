@@ -5,9 +5,10 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import torch.distributed as dist
 from torch import nn
 from torch.optim.optimizer import Optimizer
+
+from lightning_namo.sharding.process_group import initialized, rank_and_world_size
 
 
 def number_by_module(optimizer: Optimizer, module: nn.Module) -> None:
@@ -23,7 +24,7 @@ def number_by_module(optimizer: Optimizer, module: nn.Module) -> None:
 
     def consolidate_state_dict(to: int = 0) -> None:
         nonlocal asked
-        asked = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == to
+        asked = not initialized() or rank_and_world_size()[0] == to
 
     def renumber(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any] | None:
         nonlocal asked

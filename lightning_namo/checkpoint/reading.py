@@ -152,10 +152,12 @@ def check_states(states: Sequence[State], parameters: Sequence[ParameterState], 
 
 
 def _differing(missing: Sequence[str], unknown: Sequence[str]) -> str:
-    parts = [f"it lacks {some(missing)}"] * bool(missing) + [f"it has {some(unknown)} besides"] * bool(unknown)
+    parts = [f"it lacks {first_few(missing)}"] * bool(missing) + [f"it has {first_few(unknown)} besides"] * bool(
+        unknown
+    )
     return " and ".join(parts)
 
 
-def some(names: Sequence[str]) -> str:
+def first_few(names: Sequence[str]) -> str:
     """The first few of many names."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_namo.checkpoint.flat_form import plain_form
 from lightning_namo.checkpoint.parameter_state import ParameterState, State, fits, like_own
-from lightning_namo.checkpoint.reading import check_names, saved_names, some
+from lightning_namo.checkpoint.reading import check_names, first_few, saved_names
 from lightning_namo.routing.names import clean_name
 from lightning_namo.sharding.local import local_tensor
 
@@ -62,7 +62,7 @@ def warm_start_states(
     warnings.warn(
         f"{cls} goes on from another optimizer's checkpoint ({reason.partition('. ')[0]}). Taken over: the momentum of "
         f"{taken['momentum']} matrices, from which v starts, and the whole state of {taken['whole']} AdamW parameters. "
-        f"Starting anew: {some(fresh) or 'none'}. Hyper-parameters are this run's.",
+        f"Starting anew: {first_few(fresh) or 'none'}. Hyper-parameters are this run's.",
         stacklevel=4,
     )
     return states

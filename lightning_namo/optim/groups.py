@@ -81,7 +81,7 @@ class GroupedOptimizer(Optimizer):
         if isinstance(params, nn.Module):
             raise TypeError(
                 f"{type(self).__name__}: expected groups of parameters but got a module, {type(params).__name__}. "
-                f"{_ways(type(self).__name__)}"
+                f"{_how_to_build(type(self).__name__)}"
             )
         matrix_defaults = {key: value for key, value in defaults.items() if not key.startswith("adamw_")}
         check_ranges({key: _plain(value) for key, value in matrix_defaults.items()}, type(self).__name__, self.ranges)
@@ -231,7 +231,7 @@ class GroupedOptimizer(Optimizer):
         if len(shape) < 2:
             raise ValueError(
                 f"Expected matrices (at least 2 dimensions) to orthogonalize but {name} has shape {shape}. "
-                f"{_ways(type(self).__name__)} Or put it into a group with orthogonalize=False (AdamW)."
+                f"{_how_to_build(type(self).__name__)} Or put it into a group with orthogonalize=False (AdamW)."
             )
         if parameter.is_complex():
             raise ValueError(f"Expected real matrices but {name} is {parameter.dtype}. Route it to AdamW (adamw=...).")
@@ -502,7 +502,7 @@ def statistics_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def _ways(algorithm: str) -> str:
+def _how_to_build(algorithm: str) -> str:
     """How to get from a module to its optimizer."""
     return (
         f"Use build_optimizer(module, {algorithm}), or with Lightning optimize_with({algorithm}) or OptimizerCallback, "

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_namo.checkpoint.reading import some
+from lightning_namo.checkpoint.reading import first_few
 from lightning_namo.sharding.agreement import (
     CLOSE,
     Alarm,
@@ -116,8 +116,8 @@ class StepAgreement:
         if any(differing):
             names = [self._label(name) for name, flag in zip(self._names, differing, strict=True) if flag]
             raise RuntimeError(
-                f"Expected the replicas of {some(names)} to have the same gradient, but their norms differ by more "
-                "than a reduction rounds: one rank's gradient would count, the others' would be lost. Average the "
+                f"Expected the replicas of {first_few(names)} to have the same gradient, but their norms differ by "
+                "more than a reduction rounds: one rank's gradient would count, the others' would be lost. Average the "
                 "gradients over the ranks before the step (DistributedDataParallel and FSDP do). Local SGD, model "
                 "averaging and communication hooks that do not average are not supported."
             )

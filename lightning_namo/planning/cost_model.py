@@ -205,7 +205,7 @@ def estimate(
     dtype = dtype or iteration_dtype(exchange.device.type)
     whole, R = tuple(exchange.matrices), mesh.ranks
     dims = find_divided(optimizer, mesh, divided)
-    assignment = assign(publish(whole, parameters, mesh, dims), exchange.bucket_bytes)
+    assignment = assign(published_matrices(whole, parameters, mesh, dims), exchange.bucket_bytes)
     traffic = [BucketTraffic.of(assignment, bucket, whole, R) for bucket in assignment.buckets]
     buffers = peak_buffers(assignment, parameters, traffic, R, dtype)
     memory = local_memory(optimizer, mesh, dims)
@@ -239,7 +239,7 @@ def estimate(
     )
 
 
-def publish(
+def published_matrices(
     whole: Sequence[Matrix],
     parameters: Sequence[MatrixParameter],
     mesh: SimulatedMesh,

@@ -99,7 +99,7 @@ def build_model(model: Callable[[], LightningModule] | str, data: LightningDataM
     return Built(module, replicas=replicas)
 
 
-def make_optimizer(module: nn.Module, callback: OptimizerCallback) -> OrthogonalizedOptimizer:
+def recipe_optimizer(module: nn.Module, callback: OptimizerCallback) -> OrthogonalizedOptimizer:
     """The optimizer that a recipe's section ``optim`` makes for a module.
 
     Raises:

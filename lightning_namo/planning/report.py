@@ -13,7 +13,7 @@ from lightning_namo import types
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
 from lightning_namo.planning.cost_model import Estimate, Rank, Rates, estimate
-from lightning_namo.planning.models import Built, build_model, check_heads, make_optimizer
+from lightning_namo.planning.models import Built, build_model, check_heads, recipe_optimizer
 from lightning_namo.planning.simulated_mesh import LAYOUTS, SimulatedMesh
 
 
@@ -72,7 +72,7 @@ def plan(
     layout, replicas, tensor = _sizes(built, settings, layout, replicas, tensor)
     mesh = SimulatedMesh.of(layout, ranks, replicas, tensor)
     check_heads(built.module, mesh)
-    optimizer = make_optimizer(built.module, optim or OptimizerCallback())
+    optimizer = recipe_optimizer(built.module, optim or OptimizerCallback())
     optimizer.bucket_bytes = int(bucket_mib * 2**20)
     tokens = tokens_per_step or built.tokens or _tokens(data, settings, mesh)
     rates = Rates(link_gbytes, tflops, peak_tflops, model_flops_utilization)
@@ -137,22 +137,30 @@ def report(result: Estimate, title: str, rates: Rates, tokens: int | None = None
                     f"{result.busiest / result.bound:.3f} of the bound max(total/R, largest) = {result.bound:.3g}",
                 ),
                 ("  ranks without work", f"{idle}", f"of {mesh.ranks}"),
-                ("sent per rank", size(sum(sent) / len(sent)), f"mean; most {size(max(sent))}"),
-                ("  formula", size(result.formula), "2 (R-1)/R * elements/R * itemsize, for no replicas"),
+                ("sent per rank", format_bytes(sum(sent) / len(sent)), f"mean; most {format_bytes(max(sent))}"),
+                ("  formula", format_bytes(result.formula), "2 (R-1)/R * elements/R * itemsize, for no replicas"),
                 ("collectives", f"{result.all_to_alls + result.all_reduces}", _collectives(result)),
-                ("peak buffers", size(most["buffers"]), f"of a rank, {len(result.assignment.buckets)} buckets"),
-                ("parameters", size(most["parameters"]), "of a rank, as much again for gradients"),
-                ("optimizer state", size(most["state"]), f"of a rank; AdamW for all: {size(most['adamw_state'])}"),
+                ("peak buffers", format_bytes(most["buffers"]), f"of a rank, {len(result.assignment.buckets)} buckets"),
+                ("parameters", format_bytes(most["parameters"]), "of a rank, as much again for gradients"),
+                (
+                    "optimizer state",
+                    format_bytes(most["state"]),
+                    f"of a rank; AdamW for all: {format_bytes(most['adamw_state'])}",
+                ),
                 (
                     "compute",
-                    span(result.compute_seconds),
-                    f"at {rates.tflops:g} TFLOP/s; all on each rank {span(everything)}",
+                    format_seconds(result.compute_seconds),
+                    f"at {rates.tflops:g} TFLOP/s; all on each rank {format_seconds(everything)}",
                 ),
-                ("communication", span(result.communication_seconds), f"at {rates.link_gbytes:g} GB/s, no latency"),
+                (
+                    "communication",
+                    format_seconds(result.communication_seconds),
+                    f"at {rates.link_gbytes:g} GB/s, no latency",
+                ),
                 (
                     "step",
-                    span(seconds),
-                    f"overlapped; {span(result.compute_seconds + result.communication_seconds)} if not",
+                    format_seconds(seconds),
+                    f"overlapped; {format_seconds(result.compute_seconds + result.communication_seconds)} if not",
                 ),
                 *_share(result, rates, tokens),
             ]
@@ -164,15 +172,16 @@ def report(result: Estimate, title: str, rates: Rates, tokens: int | None = None
 
 
 def _collectives(result: Estimate) -> str:
-    return f"{result.all_to_alls} all-to-alls, {result.all_reduces} all-reduces of together {size(result.reduced)}"
+    return (
+        f"{result.all_to_alls} all-to-alls, {result.all_reduces} all-reduces of together {format_bytes(result.reduced)}"
+    )
 
 
 def _share(result: Estimate, rates: Rates, tokens: int | None) -> list[tuple[str, str, str]]:
     if result.training_seconds is None or result.overhead is None:
         return [("share of training", "unknown", "give --tokens_per_step")]
-    passes = (
-        f"passes {span(result.training_seconds)} ({tokens:,} tokens at {rates.model_flops_utilization:.0%} of peak)"
-    )
+    share = f"{tokens:,} tokens at {rates.model_flops_utilization:.0%} of peak"
+    passes = f"passes {format_seconds(result.training_seconds)} ({share})"
     return [("share of training", f"{result.overhead:.2%}", passes)]
 
 
@@ -184,7 +193,7 @@ def _extremes(ranks: Sequence[Rank], count: int = 3) -> list[str]:
     for number in shown:
         rank = ranks[number]
         sizes = (rank.sent, rank.received, rank.buffers, rank.parameters, rank.state)
-        rows.append((f"{number}", f"{rank.matrices}", f"{rank.flops:.3g}", *map(size, sizes)))
+        rows.append((f"{number}", f"{rank.matrices}", f"{rank.flops:.3g}", *map(format_bytes, sizes)))
     note = [] if len(shown) == len(order) else [f"the {count} busiest ranks and the {count} idlest"]
     return [*note, *table([head, *rows])]
 
@@ -195,7 +204,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Bytes in words: 1.50 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(number) < 1000:
@@ -204,6 +213,6 @@ def size(number: float) -> str:
     return f"{number:.3g} TB"
 
 
-def span(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Seconds in words: 1.50 ms."""
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

@@ -33,18 +33,18 @@ def reshard(module: nn.Module) -> None:
 
 
 def shard_counts(module: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
-    """Over how many ranks each parameter is cut up; 1 where every rank holds all of it.
+    """Over how many ranks each parameter is sharded; 1 where every rank holds all of it.
 
     Args:
-        module: The parameters' module with its outermost FSDP1 unit, which knows the runs.
+        module: The parameters' module with its outermost FSDP1 unit, which knows the flat ranges.
         parameters: Parameters of the module.
     """
     counts: dict[Tensor, int] = {}
     for unit in FullyShardedDataParallel.fsdp_modules(module):
         handle = unit._handle
         if handle is not None and handle.uses_sharded_strategy:
-            runs = (handle.flat_param, *(handle.flat_param._params or ()))
-            counts |= dict.fromkeys(runs, handle.process_group.size())
+            sharded = (handle.flat_param, *(handle.flat_param._params or ()))
+            counts |= dict.fromkeys(sharded, handle.process_group.size())
     for p in parameters:
         if isinstance(p, DTensor):
             counts[p] = math.prod(p.device_mesh.size(i) for i, cut in enumerate(p.placements) if hasattr(cut, "dim"))
@@ -97,8 +97,8 @@ def part_of(parameter: Tensor, region: ShardRegion | None) -> Hashable:
 def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion]]:
     """Full shape and local region of every parameter of a module, under whatever strategy it is trained.
 
-    Plain parameters are whole; DTensors (FSDP2, HSDP, tensor parallelism) tell by themselves; FSDP1's runs are read
-    from its flat parameters, since a one-dimensional run does not know the matrix that it was cut from.
+    Plain parameters are whole; DTensors (FSDP2, HSDP, tensor parallelism) have their placements; FSDP1's flat ranges
+    are read from its flat parameters, since a one-dimensional shard does not know its matrix.
 
     Raises:
         ValueError: For FSDP1 without ``use_orig_params=True`` or without its outermost unit, or a placement that
@@ -115,8 +115,8 @@ def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...],
             if parameter.shape == full:
                 regions[parameter] = (shape, Rectangle(0, rows, 0, width))
             elif info.intra_param_start_idx is not None and info.intra_param_end_idx is not None:
-                run = FlatRange(info.intra_param_start_idx, info.intra_param_end_idx + 1, width)
-                regions[parameter] = (shape, run)
+                flat_range = FlatRange(info.intra_param_start_idx, info.intra_param_end_idx + 1, width)
+                regions[parameter] = (shape, flat_range)
             else:
                 regions[parameter] = (shape, FlatRange(0, 0, width))
     for name, layer in module.named_modules():

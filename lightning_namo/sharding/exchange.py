@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_namo.sharding.agreement import check_replicas, tolerance
 from lightning_namo.sharding.assignment import Matrix, assign
 from lightning_namo.sharding.layout import ShardRegion
-from lightning_namo.sharding.process_group import collective, current_group, initialized
+from lightning_namo.sharding.process_group import collective, current_group, initialized, rank_and_world_size
 from lightning_namo.sharding.publication import Published, Replicas, publish
 from lightning_namo.workspace import Workspace
 
@@ -97,7 +97,7 @@ class Exchange:
         self.matrices = list(matrices)
         self.workspace = workspace
         self.device = device
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if initialized() else (0, 1)
+        self.rank, self.world_size = rank_and_world_size()
         default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
         self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
         self.group: Callable[[], Any] = weakref.ref(dist.group.WORLD) if initialized() else _no_group

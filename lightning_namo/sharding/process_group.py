@@ -11,6 +11,23 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+_GLOO_RELEASES_S = 0.2  # tensors that its threads hold, on a busy machine too
+
+
+def initialized() -> bool:
+    """Whether there is a default process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def current_group() -> Any:
+    """The default process group, or None."""
+    return dist.group.WORLD if initialized() else None
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """The rank of this process and the number of processes; 0 and 1 without a group."""
+    return (dist.get_rank(), dist.get_world_size()) if initialized() else (0, 1)
+
 
 @contextlib.contextmanager
 def collective(purpose: str) -> Iterator[None]:
@@ -29,9 +46,6 @@ def collective(purpose: str) -> Iterator[None]:
         ) from error
 
 
-GLOO_LETS_GO_S = 0.2  # of what its threads hold, on a busy machine too
-
-
 def gather(value: Any, purpose: str) -> list[Any]:
     """Every rank's value (pickled), in the order of the ranks.
 
@@ -45,22 +59,19 @@ def gather(value: Any, purpose: str) -> list[Any]:
     return gathered
 
 
+def largest_over_ranks(tensor: Tensor) -> Tensor:
+    """The elementwise maximum of a tensor over the ranks, in place. Collective."""
+    with collective("share their statistics"):
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor
+
+
 def mean_over_ranks(tensor: Tensor) -> Tensor:
     """Average a tensor over the ranks, in place; the same bits on all of them."""
     if initialized():
         dist.all_reduce(tensor)
         tensor /= dist.get_world_size()
     return tensor
-
-
-def initialized() -> bool:
-    """Whether there is a default process group."""
-    return dist.is_available() and dist.is_initialized()
-
-
-def current_group() -> Any:
-    """The default process group, or None."""
-    return dist.group.WORLD if initialized() else None
 
 
 def leave(failed: bool = False) -> None:
@@ -76,4 +87,4 @@ def leave(failed: bool = False) -> None:
     if initialized() and not (failed and "nccl" in dist.get_backend()):  # which may be "cpu:gloo,cuda:nccl"
         gc.collect()
         dist.destroy_process_group()
-        time.sleep(GLOO_LETS_GO_S)
+        time.sleep(_GLOO_RELEASES_S)
