@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from lightning_namo.atomic_io import check_output, replacing
 
 SHARDED = (".metadata", "meta.pt")
-"""Files of a sharded checkpoint beside the shards: torch's index of them, and all that is not sharded."""
+"""Files of a sharded checkpoint beside the shards: torch's index of them, and everything that is not sharded."""
 
 
 def consolidate(ckpt_path: str, out: str, overwrite: bool = False) -> dict[str, Any]:

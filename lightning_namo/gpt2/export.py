@@ -29,7 +29,7 @@ def export(
 ) -> dict[str, Any]:
     """Write a checkpoint of a GPT2Module as a folder for `GPT2LMHeadModel.from_pretrained` of transformers.
 
-    The logits are the same. The tokenizer goes with it where it is known: from `data_dir`, or by the config.yaml that
+    The logits are the same. The tokenizer is written too where it is known: from `data_dir`, or by the config.yaml that
     `lightning-namo fit` left with the checkpoint.
 
     Args:

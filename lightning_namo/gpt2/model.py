@@ -116,7 +116,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block, normalized on the way in: the unit to compile, checkpoint or shard.
+    """A transformer block with norms before attention and MLP: the unit to compile, checkpoint or shard.
 
     Args:
         config: The shape.

@@ -82,7 +82,7 @@ def check_strategy(module: nn.Module) -> None:
 def make_optimizer(
     groups: ParameterGroups, make: Callable[[ParameterGroups], AnyOptimizer], adopt_state: bool = False
 ) -> AnyOptimizer:
-    """Build the optimizer; groups of one that knows no matrices (torch.optim.AdamW) lose the keys about them.
+    """Build the optimizer; groups of an optimizer of another package (torch.optim.AdamW) lose the keys about matrices.
 
     Raises:
         ValueError: If it is to take over another optimizer's state and is none of this package.

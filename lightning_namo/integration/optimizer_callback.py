@@ -27,10 +27,10 @@ from lightning_namo.sharding.agreement import check_same
 class OptimizerCallback(pl.Callback):
     """Trains the module with `NAMO` or another optimizer, in place of the module's own ``configure_optimizers``.
 
-    The module need not have one. Lightning refuses such a module before any hook of a callback runs; what it does do
-    first is to hand every callback the module's ``log``. This callback takes that moment to give the module its
-    ``configure_optimizers`` for the length of the fit. Where that is too subtle, call `attach` before ``fit``. The
-    learning rate follows the module's ``lr`` or ``learning_rate`` as with `optimize_with`.
+    The module need not have one. Lightning raises an error for such a module before it calls any hook of a callback.
+    Before that it sets ``log`` of every callback to the module's: then this callback gives the module its
+    ``configure_optimizers``, until the fit ends. To do so explicitly, call `attach` before ``fit``. The learning rate
+    follows the module's ``lr`` or ``learning_rate`` as with `optimize_with`.
 
     Args:
         optimizer: From parameter groups to an optimizer: a class such as `NAMOD` or ``torch.optim.AdamW``, or a
@@ -74,7 +74,7 @@ class OptimizerCallback(pl.Callback):
     def attach(self, module: pl.LightningModule) -> None:
         """Give a module this callback's ``configure_optimizers``, until the fit ends.
 
-        It warns if the module has one itself, or another callback's, which does not come back.
+        It warns if it replaces the module's own, or another callback's, which is not restored.
         """
         if self._attached(module):
             return
@@ -162,20 +162,20 @@ class OptimizerCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say when updates were left out."""
+        """Warn of skipped updates."""
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             self._report_skipped(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say it of the steps since the last report, too."""
+        """Warn of those since the last report, too."""
         self._report_skipped(trainer)
 
     def _report_skipped(self, trainer: pl.Trainer) -> None:
         skipped = _skipped_steps(trainer)
         if skipped > self._skipped:
             rank_zero_warn(
-                f"{skipped - self._skipped} updates of matrices or AdamW groups were left out since step "
+                f"{skipped - self._skipped} updates of matrices or AdamW groups were skipped since step "
                 f"{self._checked}: their gradients were not finite (or too large to square), or missing on a rank."
             )
         self._skipped, self._checked = skipped, trainer.global_step

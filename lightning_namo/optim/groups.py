@@ -117,7 +117,7 @@ class GroupedOptimizer(Optimizer):
             param_group: As torch's; ``orthogonalize=False`` for AdamW, ``name`` for curves.
 
         Raises:
-            ValueError: For hyper-parameters out of range or parameters that are no matrices; nothing is added then.
+            ValueError: For hyper-parameters out of range or parameters that are not matrices; nothing is added then.
         """
         params = param_group["params"]
         if isinstance(params, set):

@@ -1,4 +1,4 @@
-"""The module whose parameters an optimizer trains: notices when they are its parameters no longer."""
+"""The module whose parameters an optimizer trains: notices when its parameters are replaced."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TrainedModule:
             )
 
     def check(self, missing: set[Tensor]) -> None:
-        """Raise if a parameter was replaced since; call it before each step.
+        """Raise if a parameter was replaced; call it before each step.
 
         Parameters without a gradient are looked for where they were not already missing in the step before, and of
         all others one in each step: what was replaced has no gradient any more, or keeps an old one.

@@ -186,7 +186,7 @@ def estimate(
     divided: Mapping[str, int] = DIVIDED,
     dtype: torch.dtype | None = None,
 ) -> Estimate:
-    """Plan the exchange of an optimizer whose parameters lie whole on this process, as if they were on a mesh.
+    """Estimate a step on a mesh of ranks, from an optimizer whose parameters are whole on this process.
 
     Args:
         optimizer: Over a whole module, on the meta device if it is large; `bucket_bytes` is respected.

@@ -40,9 +40,7 @@ def peak_buffers(
         there = [s.owned + moving for s, moving in zip(scratch, there, strict=True)]
         back = [0, *(bucket.results_sent[rank] + bucket.results_received[rank] for bucket in traffic), 0]
         back = [s.own + moving for s, moving in zip(scratch, back, strict=True)]
-        for k in range(
-            len(traffic) + 1
-        ):  # bucket k is here, the one after it leaves for here, the one before goes home
+        for k in range(len(traffic) + 1):  # bucket k is orthogonalized, k + 1 is sent, results of k - 1 are returned
             following = scratch[k + 1]
             left = back[k - 1] if k else 0
             departing = there[k] + following.shards + max(following.elementwise, there[k + 1])

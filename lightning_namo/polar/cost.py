@@ -8,15 +8,15 @@ from collections.abc import Sequence
 
 from lightning_namo.polar.coefficients import Coefficients, Triple, newton_schulz_polynomials
 
-_SMALLEST_SQUARE = 64  # short side from which on steps go by way of the Gram square
-_SMALLEST_SQUARE_OF_THREE = 512  # from which on three in a row do
+_SMALLEST_SQUARE = 64  # short side from which on steps are computed on the Gram square
+_SMALLEST_SQUARE_OF_THREE = 512  # short side from which on three steps are composed
 _GROWTH_OF_THREE = 45.0  # if their a1 a2 a3 is no larger; the quintic's is 41
 
 
 def segment_lengths(polynomials: Sequence[Triple], short: int, long: int) -> tuple[int, ...]:
     """How many steps are composed on the Gram square before it is computed anew: 3, 2, 1, ... or 2, 1, ... or 1, ...
 
-    What the square lost to rounding grows by a^2 in each step until then. Measured in bfloat16 on spectra from flat
+    Rounding errors of the square grow by a^2 in each step until then. Measured in bfloat16 on spectra from flat
     to k^-2, random and low-rank matrices: these lengths have 0.5 to 0.97 of the error of the plain iteration, which
     rounds after every product and sum. Two pairs in a row, three steps in squares below 512 or of Polar Express, or
     squares below 64 can have more. (For exactly flat spectra, where the error is that of a single number, it is 0.6

@@ -73,13 +73,13 @@ def _iterate(
     """
     sizes, device = [len(batch) for batch in batches], batches[0].device
     short = min(batches[0].shape[-2:])
-    # Outside of the frame the results; the iterates change places with each segment, and end in results.
+    # Results are taken outside of the frame. Iterates alternate between results and others, and end in results.
     results = [_take(workspace, batch.shape, dtype, device) for batch in batches]
     with workspace.frame() if workspace else nullcontext():
         others = [_take(workspace, batch.shape, dtype, device) for batch in batches]
         xs, ys = (results, others) if len(lengths) % 2 == 0 else (others, results)
         for batch, x in zip(batches, xs, strict=True):
-            # The optimizers pass a workspace, and matrices whose norms do not overflow: no time is spent on that there.
+            # The optimizers pass a workspace and matrices whose norms do not overflow: they skip that check.
             _normalize(batch, out=x, may_overflow=workspace is None)
         squares = _take(workspace, (4, sum(sizes), short, short), dtype, device)
         steps = iter(polynomials)
@@ -128,9 +128,9 @@ def _is_wide(batch: Tensor) -> bool:
 def _normalize(batch: Tensor, out: Tensor, may_overflow: bool = True) -> None:
     """Divide each matrix by its Frobenius norm.
 
-    Where the square of the norm overflows and all elements are finite, the matrix is first scaled by a power of two,
-    which rounds nothing that is left after the division. Other matrices give the same bits with and without
-    may_overflow.
+    Where the square of the norm overflows although all elements are finite, the matrix is first multiplied by a power
+    of two. That changes only elements that would be zero after the division. Other matrices give the same bits with
+    and without may_overflow.
 
     Args:
         batch: (B, m, n).

@@ -53,8 +53,8 @@ def orthogonalize(
 
     Args:
         matrices: One matrix (m, n), a batch (B, m, n), or a list of matrices and batches of any shapes; never
-            modified. In a list, what has one shape is iterated in one batch, and the squares of all that have one
-            short side too.
+            modified. Matrices of one shape in a list are iterated in one batch, and Gram squares of one size
+            too.
         method: "newton_schulz" iterates; "svd" gives the exact polar factor, computed in float64. Of a
             rank-deficient matrix "svd" gives the partial isometry, so zero stays zero.
         ns_steps: Newton-Schulz steps.
@@ -70,7 +70,7 @@ def orthogonalize(
         or an infinity gives NaN throughout by "newton_schulz", and zeros by "svd"; the others are not affected.
 
     Raises:
-        ValueError: For unknown methods or coefficients, ``ns_steps`` below 1, tensors that are no matrices, or a wrong
+        ValueError: For unknown methods or coefficients, ``ns_steps`` below 1, tensors that are not matrices, or a wrong
             value in the environment variable that `iteration_dtype` reads.
 
     Example:

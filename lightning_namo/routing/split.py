@@ -1,7 +1,7 @@
 """Which parameters are hidden matrices, which take AdamW, and why.
 
 Muon and its kin orthogonalize the update of a hidden weight matrix. Embeddings, output heads, norms, biases
-and scalars are no such matrices and take AdamW. `split_parameters` decides by identity and by module rather
+and scalars are not hidden matrices and take AdamW. `split_parameters` decides by identity and by module rather
 than by name, keeps the reason of each decision, and lets globs overrule it.
 """
 
@@ -74,10 +74,10 @@ def split_parameters(
 ) -> ParameterGroups:
     """Split a module's parameters into hidden matrices, to be orthogonalized, and the rest, for AdamW.
 
-    To AdamW go embeddings; output heads (tied to an embedding, returned by Hugging Face's
+    AdamW takes embeddings; output heads (tied to an embedding, returned by Hugging Face's
     ``get_output_embeddings()``, or the last Linear as wide as an embedding's vocabulary); norms; biases,
     vectors and scalars, also with dimensions of size 1 (class tokens, LayerScale); bare parameters called
-    "...embed...", "emb" or "pos" (position tables); complex parameters. All else with two or more dimensions
+    "...embed...", "emb" or "pos" (position tables); complex parameters. Everything else of two or more dimensions
     is a matrix, flattened from dimension 1. Frozen parameters are in no group. Globs (`fnmatch`, case-sensitive) see
     all names of a parameter, cleaned of ``_orig_mod.``, ``_fsdp_wrapped_module.`` and the like.
 
