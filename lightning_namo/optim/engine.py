@@ -16,7 +16,8 @@ from torch import Tensor
 
 from lightning_namo.optim import formulas
 from lightning_namo.optim.adamw import AdamWStep, on_some_ranks_only
-from lightning_namo.optim.groups import GroupedOptimizer, named_parameters, statistics_dtype
+from lightning_namo.optim.groups import named_parameters
+from lightning_namo.optim.state import StatefulOptimizer, statistics_dtype
 from lightning_namo.optim.step_agreement import StepAgreement
 from lightning_namo.optim.trained_module import TrainedModule
 from lightning_namo.polar.cost import newton_schulz_flops
@@ -92,7 +93,7 @@ class Update:
     factor: Tensor
 
 
-class OrthogonalizedOptimizer(GroupedOptimizer):
+class OrthogonalizedOptimizer(StatefulOptimizer):
     """Base of the optimizers that orthogonalize momentum; holds the only `step`.
 
     A subclass is a signature, a docstring with its formula, its extra state and its step size.

@@ -8,8 +8,9 @@ from torch import Tensor
 from lightning_namo import types
 from lightning_namo.optim import formulas
 from lightning_namo.optim.engine import MatrixParameter, OrthogonalizedOptimizer, Update
-from lightning_namo.optim.groups import Params, hyper_parameters, statistics_dtype
+from lightning_namo.optim.groups import Params, hyper_parameters
 from lightning_namo.optim.ranges import MomentumDtype
+from lightning_namo.optim.state import statistics_dtype
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
 from lightning_namo.sharding.exchange import Exchange, StackedTensors
