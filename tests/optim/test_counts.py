@@ -1,7 +1,8 @@
 """What a step costs by counts, which need no clock: kernels, bytes and Python calls, held at what they are today.
 
-A step on the meta device dispatches the operations of one on an accelerator, one kernel or more each. What grew is named,
-against tests/data/counts.json, which `python -m tests.optim.test_counts` writes anew after a change that is meant.
+A step on the meta device dispatches the operations of one on an accelerator, one kernel or more each. What grew is
+named, against tests/data/counts.json, which `python -m tests.optim.test_counts` writes anew after a change that is
+meant.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_namo import NAMO, build_optimizer
+from lightning_namo import NAMO, build_optimizer, split_parameters
 
 
 class Net(nn.Module):
@@ -141,3 +141,20 @@ def calls_of_the_check(layers: int) -> int:
 def test_the_check_of_a_step_does_not_grow_with_the_model() -> None:
     few, many = calls_of_the_check(2), calls_of_the_check(40)
     assert 0 < few == many
+
+
+def run_steps(optimizer, count):
+    for _ in range(count):
+        optimizer.step()
+
+
+def test_a_parameter_unfrozen_behind_the_optimizers_back_is_warned_of_once():
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    module[0].requires_grad_(False)
+    optimizer = NAMO(split_parameters(module))
+    module.requires_grad_(True)
+    for _ in range(2):
+        module(torch.ones(2, 4)).sum().backward()
+    with pytest.warns(UserWarning, match=r"0\.weight of Sequential has a gradient but is in no group of NAMO") as found:
+        run_steps(optimizer, 2)
+    assert len(found) == 1
