@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
-
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
-all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
+from lightning_namo import NAMO, AdaMuon, build_optimizer
+from tests.helpers.optimizers import OPTIMIZERS, all_optimizers
+from tests.helpers.toy import assert_same
 
 
 class Net(nn.Module):
@@ -47,10 +46,6 @@ def trained(cls: Any = NAMO, steps: int = 3, **options: Any) -> tuple[Net, torch
     optimizer = build(model, cls, **options)
     train(model, optimizer, range(steps))
     return model, optimizer
-
-
-def assert_same(actual: object, expected: object) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # --- layouts in memory -----------------------------------------------------------------------------
