@@ -119,7 +119,7 @@ CASES = {
 }
 
 
-class Recorder(pl.Callback):
+class LayoutRecorder(pl.Callback):
     """Keeps how the network was laid out in the last run of this process."""
 
     last: dict[str, Any]
@@ -130,7 +130,7 @@ class Recorder(pl.Callback):
         blocks = [getattr(block, "_fsdp_wrapped_module", block) for block in net.transformer["h"]]
         parameters = {clean(name): local_tensor(parameter) for name, parameter in net.named_parameters()}
         policies = [unit._get_fsdp_state()._mp_policy for unit in units if isinstance(unit, FSDPModule)]
-        Recorder.last = {
+        LayoutRecorder.last = {
             "names": list(parameters),
             "local": tuple(parameters["transformer.h.0.attn.c_attn.weight"].shape),
             "units": len(units),
@@ -159,8 +159,8 @@ def train(rank: int, folder: str, names: list[str]) -> dict[str, dict[str, Any]]
     with mock.patch.object(nn.Module, "compile", quick):
         for name in names:
             torch._dynamo.reset()  # of networks of earlier cases
-            main([*command(name), f"--trainer.callbacks+={__name__}.Recorder"])
-            facts[name] = Recorder.last
+            main([*command(name), f"--trainer.callbacks+={__name__}.LayoutRecorder"])
+            facts[name] = LayoutRecorder.last
     return facts
 
 

@@ -40,7 +40,7 @@ class Module(GPT2Module):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-class Recorder(lightning.Callback):
+class WindowRecorder(lightning.Callback):
     """Writes down which windows the training saw; a window of these token files starts with its index times BLOCK."""
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ def _save(folder: Path, **when: Any) -> ModelCheckpoint:
 
 def test_the_global_batch_is_reached_by_accumulation(folder: Path) -> None:
     data = TextDataModule(str(folder), BLOCK, BATCH, seed=5, vocab_size=257, global_batch_size=3 * BATCH)
-    recorder = Recorder()
+    recorder = WindowRecorder()
     trainer = _trainer(folder, recorder, max_steps=2)
     trainer.fit(Module(), data)
     assert (trainer.accumulate_grad_batches, trainer.global_step) == (3, 2)
@@ -127,13 +127,13 @@ def test_a_run_resumed_in_mid_epoch_sees_the_windows_and_weights_of_an_uninterru
     folder: Path, num_workers: int
 ) -> None:
     torch.manual_seed(0)
-    whole, recorder = Module(), Recorder()
+    whole, recorder = Module(), WindowRecorder()
     save = _save(folder, every_n_train_steps=8)
     _trainer(folder, recorder, save, max_steps=30, enable_checkpointing=True).fit(whole, _data(folder, num_workers))
     assert recorder.batches == _expected(30)  # 2 passes and a half; an epoch of Lightning's has 11 batches
 
     for step in (8, 16, 24):
-        resumed, recorder = Module(), Recorder()
+        resumed, recorder = Module(), WindowRecorder()
         trainer = _trainer(folder, recorder, max_steps=30)
         trainer.fit(resumed, _data(folder, num_workers), ckpt_path=str(folder / f"step={step}.ckpt"))
         assert recorder.batches == _expected(30)[step:]
@@ -155,19 +155,19 @@ def test_a_run_resumed_at_the_end_of_an_epoch_continues_with_the_next_window(
 ) -> None:
     options = {"max_epochs": 3, "enable_checkpointing": True}
     _trainer(folder, _save(folder, **when), **options).fit(Module(), _data(folder))
-    recorder = Recorder()
+    recorder = WindowRecorder()
     _trainer(folder, recorder, max_epochs=3).fit(Module(), _data(folder), ckpt_path=str(folder / f"step={step}.ckpt"))
     assert recorder.batches == _expected(33)[step:]
 
 
 def test_reloading_the_loaders_repeats_nothing(folder: Path) -> None:
-    recorder = Recorder()
+    recorder = WindowRecorder()
     _trainer(folder, recorder, max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(Module(), _data(folder))
     assert recorder.batches == _expected(33)
 
 
 def test_a_second_run_with_the_same_data_module_starts_anew(folder: Path) -> None:
-    data, recorders = _data(folder), (Recorder(), Recorder())
+    data, recorders = _data(folder), (WindowRecorder(), WindowRecorder())
     for recorder in recorders:
         _trainer(folder, recorder, max_steps=3).fit(Module(), data)
     assert recorders[0].batches == recorders[1].batches == _expected(3)
@@ -177,7 +177,7 @@ def test_a_run_resumed_after_its_last_step_trains_on(folder: Path) -> None:
     trainer = _trainer(folder, max_epochs=1)
     trainer.fit(Module(), _data(folder))
     trainer.save_checkpoint(folder / "end.ckpt")
-    recorder = Recorder()
+    recorder = WindowRecorder()
     _trainer(folder, recorder, max_epochs=2).fit(Module(), _data(folder), ckpt_path=str(folder / "end.ckpt"))
     assert recorder.batches == _expected(22)[11:]
 
@@ -186,7 +186,7 @@ def test_a_run_resumed_after_a_validation_in_mid_epoch_continues_with_the_next_w
     options = {"max_steps": 9, "val_check_interval": 3}
     save = _save(folder, monitor="val/loss")
     _trainer(folder, save, enable_checkpointing=True, **options).fit(Module(), _data(folder))
-    recorder = Recorder()
+    recorder = WindowRecorder()
     _trainer(folder, recorder, **options).fit(Module(), _data(folder), ckpt_path=str(folder / "step=6.ckpt"))
     assert recorder.batches == _expected(9)[6:]
 
@@ -219,7 +219,7 @@ def _as_rank(rank: int, worker: Callable[..., Any], folder: Path) -> tuple[str, 
 
 def _ddp(folder: Path) -> tuple[list[list[int]], dict[str, float]]:
     """The windows of a rank and what it logged."""
-    recorder, save = Recorder(), _save(folder, every_n_train_steps=3)
+    recorder, save = WindowRecorder(), _save(folder, every_n_train_steps=3)
     options = {"max_steps": 5, "val_check_interval": 5, "check_val_every_n_epoch": None, "enable_checkpointing": True}
     trainer = _trainer(folder, recorder, RunSummary(sample_tokens=3), save, devices=2, strategy="ddp", **options)
     trainer.fit(Module(), _data(folder))
@@ -243,7 +243,7 @@ def test_two_processes_share_the_windows_and_one_takes_over(folder: Path) -> Non
         assert metrics["val/loss"] == pytest.approx(alone["val/loss"], rel=1e-5)
         assert metrics["val/perplexity"] == pytest.approx(alone["val/perplexity"], rel=1e-5)
 
-    recorder = Recorder()
+    recorder = WindowRecorder()
     trainer = _trainer(folder, recorder, max_steps=10, limit_val_batches=0)
     trainer.fit(Module(), _data(folder), ckpt_path=str(folder / "step=3.ckpt"))
     assert np.concatenate(recorder.batches).tolist() == WindowOrder(WINDOWS, 5).take(3 * 2 * BATCH, 7 * BATCH).tolist()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lightning_namo import NAMO, build_optimizer, split_parameters
 
@@ -89,7 +90,7 @@ def test_what_only_changes_names_or_uses_is_no_replacement() -> None:
     module = Net()
     optimizer = build_optimizer(module, NAMO)
     train(module, optimizer, optimizer.zero_grad, 1)
-    nn.utils.prune.identity(module.head, "weight")  # the same parameter by another name
+    prune.identity(module.head, "weight")  # the same parameter by another name
     module.body[0].requires_grad_(False)
     train(module, optimizer, optimizer.zero_grad, 8)
     module.body[1] = nn.Sequential(module.body[1])
@@ -143,12 +144,12 @@ def test_the_check_of_a_step_does_not_grow_with_the_model() -> None:
     assert 0 < few == many
 
 
-def run_steps(optimizer, count):
+def run_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
     for _ in range(count):
         optimizer.step()
 
 
-def test_a_parameter_unfrozen_behind_the_optimizers_back_is_warned_of_once():
+def test_a_parameter_unfrozen_behind_the_optimizers_back_is_warned_of_once() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     module[0].requires_grad_(False)
     optimizer = NAMO(split_parameters(module))
