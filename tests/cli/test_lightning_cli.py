@@ -22,10 +22,10 @@ from lightning_namo.cli import main
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 from tests.helpers.forked import run_python
+from tests.helpers.paths import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("kept_parsers")
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = f"--config={CONFIGS / 'quickstart.yaml'}"
 SMALL = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")
 QUIET = ("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")

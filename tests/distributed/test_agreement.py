@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, whole
+from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, shard_children, whole
 from tests.helpers.worker import clean, gathered_weights, new_module
 
 LEFT_ALONE, OTHER = "tall.layer.weight", "wide.layer.weight"
@@ -219,9 +219,7 @@ def test_a_failure_on_one_rank_ends_the_job_with_its_message() -> None:
 def built_before_sharding(rank: int) -> None:
     module = new_module(Odd, torch.float32)
     optimizer = build_optimizer(module, NAMO)
-    for child in module.children():
-        fully_shard(child)
-    fully_shard(module)
+    shard_children(module)
     module(prescribed_gradients(new_module(Odd, torch.float32), 0)).backward()
     optimizer.step()
 

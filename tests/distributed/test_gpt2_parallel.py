@@ -27,9 +27,8 @@ from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
 from lightning_namo.sharding.local import local_tensor
 from tests.helpers.launch import run_ranks
+from tests.helpers.paths import CONFIGS
 from tests.helpers.worker import clean
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 STEPS, BATCH = 6, 8  # sequences of 32 tokens in a global batch
 LAYER = {
@@ -55,7 +54,7 @@ FEW = json.dumps(  # a token at a time takes most of a run where several process
         {"class_path": "lightning_namo.gpt2.summary.RunSummary", "init_args": {"sample_tokens": 4}},
     ]
 )
-ON_CPU = "--trainer.strategy.class_path=tests.distributed.test_strategies.CPUFSDPStrategy"
+ON_CPU = "--trainer.strategy.class_path=tests.helpers.strategies.CPUFSDPStrategy"
 ONE_FILE = "--trainer.strategy.save_distributed_checkpoint=false"
 CHECKPOINTING, COMPILE = "--model.activation_checkpointing=true", "--model.compile=true"
 SAVE = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.every_n_train_steps={STEPS}"]  # else each step

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
 from tests.helpers.launch import WorkerError, run_ranks
+from tests.helpers.layouts import shard_children
 
 OPTIMIZERS = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd"}
@@ -45,9 +46,7 @@ def plain(module: nn.Module) -> nn.Module:
 
 def hsdp(module: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
-    for child in module.children():
-        fully_shard(child, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    return shard_children(module, mesh)
 
 
 def set_gradients(module: nn.Module, seed: int = 0) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.job import AT, CONFIGS, ROOT, SMALL, STEPS, Ended, finish, losses
+from tests.helpers.job import AT, SMALL, STEPS, Ended, finish, losses
 from tests.helpers.launch import free_port
+from tests.helpers.paths import CONFIGS, ROOT
 
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "examples" / "slurm" / "gpt2.sbatch"

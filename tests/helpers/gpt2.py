@@ -11,8 +11,9 @@ import torch
 from lightning_namo.cli import main
 from lightning_namo.gpt2.data.prepare import prepare
 from lightning_namo.gpt2.module import GPT2Module
+from tests.helpers.paths import CONFIGS
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+QUICKSTART = CONFIGS / "quickstart.yaml"
 TALE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 VERSION = "pytorch-lightning_version"
 

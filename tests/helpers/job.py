@@ -28,9 +28,8 @@ import lightning.pytorch as pl
 import torch
 
 from tests.helpers.launch import free_port, serve
+from tests.helpers.paths import CONFIGS, ROOT
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
 STEPS, EVERY = 8, 2  # a checkpoint every two steps
 SMALL: dict[str, Any] = {
     "model": {"init_args": {"n_layer": 2, "n_head": 4, "n_embd": 32}},
@@ -83,7 +82,7 @@ def command(strategy: str, nodes: int, devices: int, fault: str | None, options:
     return ["fit", *configs, *options]
 
 
-def run_ranks(
+def run_job(
     folder: Path, *options: str, strategy: str = "ddp", devices: int = 2, fault: str | None = None
 ) -> list[Ended]:
     """A process for each rank, as a scheduler starts them; the ranks in order."""

@@ -18,8 +18,6 @@ from lightning_namo.planning.cost_model import Estimate, estimate
 from lightning_namo.planning.models import build_model
 from lightning_namo.planning.simulated_mesh import Grid
 from lightning_namo.sharding.local import local_tensor
-from tests.distributed.test_memory import bucket, peak_of_a_step, size
-from tests.helpers.iteration import ITERATIONS, iterating_in
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS
 from tests.helpers.worker import Wire, counted, new_module
@@ -77,8 +75,6 @@ def real_ranks(rank: int, sharded: tuple[tuple[int, int], ...]) -> dict[Any, Any
         )
         shard(module, mesh, replicas=replicas)
         facts[replicas, tensor] = facts_of(module, "namo", None)
-    for iteration in ITERATIONS:
-        facts["peak", iteration] = peak_of_a_step(rank, 24, iteration)
     return facts
 
 
@@ -126,30 +122,6 @@ def test_a_sharded_gpt2_is_as_estimated(world_size: int, replicas: int, tensor: 
         optimizer = optimizer_of(gpt2(), "namo")
     result = estimate(optimizer, Grid(replicas, world_size // replicas // tensor, tensor))
     check(result, [facts[replicas, tensor] for facts in real(world_size)])
-
-
-def square_matrices(iteration: str) -> OrthogonalizedOptimizer:
-    with torch.device("meta"):
-        optimizer = NAMO([nn.Parameter(torch.empty(size(iteration), size(iteration))) for _ in range(24)])
-    optimizer.bucket_bytes = bucket(iteration)
-    return optimizer
-
-
-@pytest.mark.parametrize("world_size", WORLD_SIZES)
-@pytest.mark.parametrize("iteration", ITERATIONS)
-def test_peak_buffers_are_within_a_tenth_of_measured_ones(iteration: str, world_size: int) -> None:
-    result = estimate(square_matrices(iteration), Grid.of("fsdp2", world_size), dtype=getattr(torch, iteration))
-    expected = max(rank.buffers for rank in result.ranks)
-    assert expected == pytest.approx(max(facts["peak", iteration] for facts in real(world_size)), rel=0.1)
-
-
-def test_buffers_are_those_of_the_iteration_that_the_environment_sets_and_of_bfloat16_by_default() -> None:
-    grid, optimizer = Grid.of("fsdp2", 2), square_matrices("float32")
-    given = {name: estimate(optimizer, grid, dtype=getattr(torch, name)).ranks for name in ITERATIONS}
-    assert given["float32"] != given["bfloat16"]
-    for name, expected in ((None, "bfloat16"), *zip(ITERATIONS, ITERATIONS, strict=True)):
-        with iterating_in(name):
-            assert estimate(optimizer, grid).ranks == given[expected]
 
 
 def test_nothing_of_70_billion_parameters_takes_memory_and_1024_ranks_are_planned_in_seconds() -> None:

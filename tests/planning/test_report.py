@@ -17,9 +17,7 @@ from lightning_namo.cli import main
 from lightning_namo.planning.models import MODELS
 from lightning_namo.planning.simulated_mesh import LAYOUTS as NAMES
 from tests.helpers.forked import run_python
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
+from tests.helpers.paths import CONFIGS, ROOT
 
 
 @pytest.fixture(autouse=True)
