@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from lightning_namo import NAMOD, ClipsGradients, GradientClipping, clip_gradients, gradient_norm, optimize_with
 from tests.helpers import toy
+from tests.helpers.clipping import BOUND
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients
 from tests.helpers.strategies import HYPER, OF_DEVICES, STRATEGIES, Regression, RegressionNet

@@ -11,7 +11,17 @@ from lightning_namo import orthogonalize
 from lightning_namo.polar.iteration_dtype import _fastest_dtype
 from lightning_namo.polar.newton_schulz import _NORM_EPS, _normalize
 from lightning_namo.workspace import Workspace
-from tests.helpers.matrices import BOUND, LARGE, POLYNOMIALS, SHAPES, each_dtype, large, matrix, of_exponent, relative
+from tests.helpers.matrices import (
+    ERROR_BOUND,
+    LARGE,
+    POLYNOMIALS,
+    SHAPES,
+    each_dtype,
+    large,
+    matrix,
+    of_exponent,
+    relative,
+)
 from tests.reference import newton_schulz
 
 
@@ -29,7 +39,7 @@ def test_it_is_as_exact_as_the_plain_iteration(dtype, coefficients, shape, power
         exact = newton_schulz(X.double(), polynomials, torch.float64)
         ours += relative(orthogonalize(X, ns_coefficients=coefficients, dtype=dtype), exact)
         plain += relative(newton_schulz(X, polynomials, dtype), exact)
-    assert ours <= BOUND[dtype] * plain
+    assert ours <= ERROR_BOUND[dtype] * plain
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -44,7 +54,9 @@ def test_a_list_of_many_shapes_is_as_exact_as_the_plain_iteration(dtype, coeffic
     ]
     for X, Q in zip(matrices, orthogonalize(matrices, ns_coefficients=coefficients, dtype=dtype), strict=True):
         exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
-        assert relative(Q, exact) <= BOUND[dtype] * relative(newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact)
+        assert relative(Q, exact) <= ERROR_BOUND[dtype] * relative(
+            newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact
+        )
 
 
 @pytest.mark.parametrize("coefficients", POLYNOMIALS)
@@ -57,7 +69,7 @@ def test_of_flat_spectra_the_error_is_smaller_on_average_over_sizes(dtype, coeff
         exact = newton_schulz(X.double(), POLYNOMIALS[coefficients], torch.float64)
         ours += relative(orthogonalize(X, ns_coefficients=coefficients, dtype=dtype), exact) ** 2
         plain += relative(newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact) ** 2
-    assert ours <= BOUND[dtype] ** 2 * plain
+    assert ours <= ERROR_BOUND[dtype] ** 2 * plain
 
 
 @cache
@@ -89,7 +101,7 @@ def test_steps_by_way_of_the_square_are_as_exact(dtype, coefficients, shape, pow
     X, values, vectors = decomposed(shape, power)
     exact = by_eigenvalues(X, values, vectors, POLYNOMIALS[coefficients])
     ours = relative(orthogonalize(X, ns_coefficients=coefficients, dtype=dtype), exact)
-    assert ours <= BOUND[dtype] * relative(newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact)
+    assert ours <= ERROR_BOUND[dtype] * relative(newton_schulz(X, POLYNOMIALS[coefficients], dtype), exact)
 
 
 @pytest.mark.parametrize("shape", [(72, 216), (200, 100), (201, 200)])
