@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -16,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_namo import OptimizerCallback
-from lightning_namo.integration.preemption import SaveOnSigterm
 from tests.helpers.job import AT, EVERY, LAST, STEPS, command, finish, losses, run_agents, run_job, succeed
 from tests.helpers.launch import WorkerError, run_ranks
 
@@ -127,33 +124,6 @@ def test_a_port_in_use_is_named_before_any_process_is_started(folder: Path) -> N
     assert f"lightning-namo: error: Expected port {port}, where the processes are to meet, to be free." in ended.output
     assert "Traceback" not in ended.output
     assert not ended.leftovers
-
-
-class Interrupted(pl.Callback):
-    """SIGTERM before the first of two micro-batches."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> None:
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_waits_for_the_end_of_an_accumulated_step(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=4,
-        accumulate_grad_batches=2,
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        callbacks=[OptimizerCallback(), SaveOnSigterm(), Interrupted()],
-    )
-    with pytest.raises(SystemExit) as ended:
-        trainer.fit(Unequal(0), DataLoader(torch.ones(8, 4)))
-    assert ended.value.code == SIGTERMED
-    saved = torch.load(tmp_path / "checkpoints" / "last-sigterm-step=2.ckpt", weights_only=True)
-    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 4
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class Unequal(pl.LightningModule):

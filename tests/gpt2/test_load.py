@@ -50,7 +50,7 @@ class Evil:
         return os.mkdir, ("ran",)
 
 
-class Toy(pl.LightningModule):
+class NoGPT2(pl.LightningModule):
     def __init__(self, vocab_size: int = 64) -> None:
         super().__init__()
         self.layer = nn.Linear(2, 2)
@@ -68,7 +68,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "a list": (lambda: [1], "with <class 'list'>"),
     "weights only": (lambda: contents()["state_dict"], "with the keys ['model.lm_head.weight', "),
     "no shape": (lambda: contents(hyper_parameters={"vocab_size": 64}), "without the hyperparameter block_size"),
-    "another module": (lambda: contents(state_dict=Toy().state_dict()), "without transformer.wte.weight"),
+    "another module": (lambda: contents(state_dict=NoGPT2().state_dict()), "without transformer.wte.weight"),
     "more weights": (
         lambda: contents(state_dict={**contents()["state_dict"], "ema": torch.ones(1)}),
         "with ema beside",

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 
 from lightning_namo.cli import main
+from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.data.prepare import prepare
 from lightning_namo.gpt2.module import GPT2Module
-from tests.helpers.paths import CONFIGS
+from tests.helpers.command_line import QUICKSTART
 
-QUICKSTART = CONFIGS / "quickstart.yaml"
 TALE = "It was the best of times, it was the worst of times, it was the age of wisdom. "
 VERSION = "pytorch-lightning_version"
 
@@ -28,7 +29,7 @@ def train_gpt2(folder: Path, *options: str) -> Path:
     saver = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=3"]
     logger = f"--trainer.logger={{class_path: CSVLogger, init_args: {{save_dir: {folder}}}}}"
     data = ["--data.data_dir", str(folder / "data"), "--data.batch_size=2"]
-    main(["fit", f"--config={QUICKSTART}", *sizes, *data, *steps, *saver, logger, *options])
+    main(["fit", QUICKSTART, *sizes, *data, *steps, *saver, logger, *options])
     (checkpoint,) = folder.rglob("*.ckpt")
     return checkpoint
 
@@ -60,3 +61,26 @@ def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     assert lines[0].startswith("lightning-namo: error: Expected ")
     assert "Got " in lines[0]
     return lines[0]
+
+
+BLOCK, WINDOWS, VAL_WINDOWS, BATCH = 8, 23, 7, 2
+
+
+class TinyGPT2(GPT2Module):
+    """A tiny GPT-2 with AdamW."""
+
+    def __init__(self, **changes: Any) -> None:
+        super().__init__(**{"vocab_size": 257, "block_size": BLOCK, "n_layer": 1, "n_head": 2, "n_embd": 16, **changes})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def tiny_data(folder: Path, num_workers: int = 0) -> TextDataModule:
+    return TextDataModule(str(folder), BLOCK, BATCH, num_workers, seed=5, vocab_size=257)
+
+
+def tiny_trainer(folder: Path, *callbacks: lightning.Callback, **options: Any) -> lightning.Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    small = {"accelerator": "cpu", "devices": 1, "enable_checkpointing": False}
+    return lightning.Trainer(default_root_dir=folder, callbacks=list(callbacks), **{**quiet, **small, **options})

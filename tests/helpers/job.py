@@ -31,7 +31,7 @@ from tests.helpers.launch import free_port, serve
 from tests.helpers.paths import CONFIGS, ROOT
 
 STEPS, EVERY = 8, 2  # a checkpoint every two steps
-SMALL: dict[str, Any] = {
+SMALL_JOB: dict[str, Any] = {
     "model": {"init_args": {"n_layer": 2, "n_head": 4, "n_embd": 32}},
     "data": {"init_args": {"batch_size": 4, "block_size": 32}},
     "trainer": {
@@ -77,7 +77,7 @@ def command(strategy: str, nodes: int, devices: int, fault: str | None, options:
         callbacks.append({"class_path": f"{__name__}.{fault}"})
     trainer = {"callbacks": callbacks, "num_nodes": nodes, "devices": devices}
     layers = [CONFIGS / "quickstart.yaml", CONFIGS / "strategy" / f"{strategy}.yaml"]
-    layers += [json.dumps(SMALL | {"trainer": SMALL["trainer"] | trainer})]
+    layers += [json.dumps(SMALL_JOB | {"trainer": SMALL_JOB["trainer"] | trainer})]
     configs = [f"--config={layer}" for layer in layers]
     return ["fit", *configs, *options]
 

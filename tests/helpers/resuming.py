@@ -20,7 +20,7 @@ from tests.helpers import toy
 from tests.helpers.strategies import HYPER, CPUFSDPStrategy, FullFSDPStrategy, fsdp2, model_parallel, tensor_parallel
 from tests.helpers.worker import gathered_weights
 
-STEPS, SAVED_AT, BATCH = 5, 3, 6
+STEPS, SAVED_AT, SAMPLES = 5, 3, 6
 CLASSES: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon}
 ADOPTER = NAMOD  # goes on where AdamW stopped
 
@@ -33,8 +33,8 @@ class ResumableNet(pl.LightningModule):
         self.optimizer, self.shard, self.share = optimizer, shard, share
         self.up: nn.Linear | None = None
         generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(STEPS, BATCH, 6, generator=generator, dtype=torch.float64)
-        self.y = torch.randn(STEPS, BATCH, 3, generator=generator, dtype=torch.float64)
+        self.x = torch.randn(STEPS, SAMPLES, 6, generator=generator, dtype=torch.float64)
+        self.y = torch.randn(STEPS, SAMPLES, 3, generator=generator, dtype=torch.float64)
 
     def configure_model(self) -> None:
         if self.up is None:

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,10 +18,7 @@ from lightning_namo.planning.simulated_mesh import LAYOUTS as NAMES
 from tests.helpers.forked import run_python
 from tests.helpers.paths import CONFIGS, ROOT
 
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("empty_folder")
 
 
 def layers(*names: str) -> Iterator[str]:

@@ -2,14 +2,13 @@
 
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lightning_namo.routing.split import split_parameters
 from tests.helpers.zoo import GPT, ZOO, frozen_backbone, keys_of, reasons_of, shared
@@ -92,14 +91,6 @@ def test_shared_submodules_appear_once_and_name_the_others() -> None:
     reasons = reasons_of(split_parameters(shared()))
     assert list(reasons) == ["first.weight", "first.bias", "middle.weight", "middle.bias"]
     assert reasons["first.weight"] == "matrix, tied to second.weight and 1 more"
-
-
-@pytest.fixture
-def fake_world() -> Iterator[None]:
-    """A world of two of which only rank 0 exists: enough to shard, no collective does anything."""
-    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    yield
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.usefixtures("fake_world")
