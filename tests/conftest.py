@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.helpers.iteration import ITERATIONS, iterating_in
 
@@ -75,6 +74,7 @@ def kept_parsers() -> Iterator[None]:
 @pytest.fixture
 def fake_world() -> Iterator[None]:
     """A world of two of which only rank 0 exists: enough to shard, no collective does anything."""
+    import torch
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
