@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_namo.cli import main
-from tests.helpers.command_line import refused
+from tests.helpers.command_line import complaint
 
 pytestmark = pytest.mark.usefixtures("kept_parsers", "empty_folder")
 
@@ -44,4 +44,4 @@ def test_wrong_input_to_prepare_is_one_clear_message(
     path = tmp_path / "documents.jsonl"
     path.write_text(content)
     arguments = ["prepare", f'--inputs=["{path}"]', "--out_dir=tokens", *options]
-    assert message.format(path=path) in refused(capsys, *arguments)
+    assert message.format(path=path) in complaint(capsys, *arguments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.command_line import OWN, QUIET, SMALL, refused
+from tests.helpers.command_line import OWN, QUIET, SMALL, complaint
 from tests.helpers.paths import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("kept_parsers", "empty_folder")
@@ -69,9 +69,9 @@ OURS = "--optim.optimizer=NAMOD"
 def test_wrong_input_to_fit_is_one_clear_message(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, "fit", *QUIET, *SMALL, *options)
+    assert message in complaint(capsys, "fit", *QUIET, *SMALL, *options)
 
 
 def test_loaders_of_a_module_do_not_give_way_to_the_recipes_text(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "fit", *QUIET, OWN[0], "--trainer.max_steps=1")
+    message = complaint(capsys, "fit", *QUIET, OWN[0], "--trainer.max_steps=1")
     assert message.startswith("Expected one source of training data, but Toy has a train_dataloader and --data is")

@@ -5,26 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch import Tensor
 
 from tests.helpers.launch import run_ranks
 from tests.helpers.resuming import CLASSES, PLACES, readable, run_cases
 from tests.helpers.worker import relative_error
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all the runs
-
-
-def _fsdp2(module: nn.Module, mesh: DeviceMesh) -> None:
-    for child in module.children():
-        fully_shard(child, mesh=mesh["data_parallel"])
-    fully_shard(module, mesh=mesh["data_parallel"])
-
-
-def _tp(module: nn.Module, mesh: DeviceMesh) -> None:
-    parallelize_module(module, mesh["tensor_parallel"], {"mid": ColwiseParallel(), "down": RowwiseParallel()})
 
 
 PLAIN = [place for place in PLACES if "bf16" not in place]

@@ -27,8 +27,13 @@ from tests.helpers import toy
 from tests.helpers.clipping import BOUND
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients
-from tests.helpers.strategies import HYPER, OF_DEVICES, STRATEGIES, Regression, RegressionNet
+from tests.helpers.strategies import EXACT_HYPER, STRATEGIES, Regression, RegressionNet
 from tests.helpers.worker import Backward, Wire, clean, counted, gathered_weights, new_module, relative_error, whole
+
+OF_DEVICES = [  # tests on four devices are slow
+    pytest.param(name, marks=pytest.mark.slow) if devices > 2 else name for name, (devices, *_) in STRATEGIES.items()
+]
+
 
 WORLD_SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
 
@@ -145,7 +150,7 @@ class WithSGD(RegressionNet):
 
 
 class WithNAMOD(RegressionNet):
-    configure_optimizers = optimize_with(NAMOD, **HYPER)
+    configure_optimizers = optimize_with(NAMOD, **EXACT_HYPER)
 
 
 class Clipped(ClipsGradients, WithSGD):

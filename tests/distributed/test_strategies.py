@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_namo import NAMO, NAMOD, OptimizerCallback, WarmupStableDecay, build_optimizer, optimize_with
 from tests.helpers import toy
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.strategies import HYPER, STRATEGIES, Regression, RegressionNet, fsdp2
+from tests.helpers.strategies import EXACT_HYPER, STRATEGIES, Regression, RegressionNet, fsdp2
 from tests.helpers.worker import gathered_weights, relative_error, whole
 
 SCHEDULE = WarmupStableDecay(warmup=2, decay=2, total_steps=6)
@@ -27,7 +27,7 @@ SCHEDULE = WarmupStableDecay(warmup=2, decay=2, total_steps=6)
 class WithTheLine(RegressionNet):
     """The same with the one line in its body."""
 
-    configure_optimizers = optimize_with(NAMOD, schedule=SCHEDULE, **HYPER)
+    configure_optimizers = optimize_with(NAMOD, schedule=SCHEDULE, **EXACT_HYPER)
 
 
 CLIPPED = ("ddp", "fsdp2")  # where Lightning itself clips by norm
@@ -38,7 +38,7 @@ def fit(
 ) -> dict[str, Tensor]:
     """Train 6 steps of 2 accumulated batches of 4 samples in all, divided over ``shares`` data-parallel ranks."""
     module = RegressionNet(shard) if callback else WithTheLine(shard)
-    callbacks = [OptimizerCallback(functools.partial(NAMOD, **HYPER), schedule=SCHEDULE)] if callback else []
+    callbacks = [OptimizerCallback(functools.partial(NAMOD, **EXACT_HYPER), schedule=SCHEDULE)] if callback else []
     trainer = toy.trainer(
         *callbacks,
         devices=devices,

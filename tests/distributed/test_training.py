@@ -22,11 +22,11 @@ from torch.utils.data import DataLoader, Subset
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, build_optimizer
 from tests.helpers import toy
 from tests.helpers.launch import run_ranks
-from tests.helpers.strategies import HYPER, Regression, RegressionNet
+from tests.helpers.strategies import EXACT_HYPER, Regression, RegressionNet
 from tests.helpers.worker import relative_error
 
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    **{cls.__name__: functools.partial(cls, **HYPER) for cls in (NAMO, NAMOD, Muon, AdaMuon)},
+    **{cls.__name__: functools.partial(cls, **EXACT_HYPER) for cls in (NAMO, NAMOD, Muon, AdaMuon)},
     "AdamW": functools.partial(AdamW, lr=0.02),
 }
 ACCUMULATED, STEPS = 3, 4

@@ -17,7 +17,7 @@ from lightning_namo import NAMO, NAMOD, build_optimizer
 from tests.helpers import toy
 from tests.helpers.launch import run_ranks
 from tests.helpers.resuming import PLACES, readable
-from tests.helpers.strategies import HYPER
+from tests.helpers.strategies import EXACT_HYPER
 from tests.helpers.worker import gathered_weights, relative_error
 
 STEPS, SAVED_AT = 4, 2  # of both optimizers together: Lightning counts each
@@ -44,7 +44,10 @@ class Pair(pl.LightningModule):
                 self.shard(self, self.device_mesh)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [build_optimizer(self.generator, NAMO, **HYPER), build_optimizer(self.critic, NAMOD, **HYPER)]
+        return [
+            build_optimizer(self.generator, NAMO, **EXACT_HYPER),
+            build_optimizer(self.critic, NAMOD, **EXACT_HYPER),
+        ]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         generator = torch.Generator().manual_seed(self.trainer.global_step // 2)

@@ -18,7 +18,9 @@ from lightning_namo.gpt2.data.prepare import prepare
 from lightning_namo.gpt2.export import export
 from lightning_namo.gpt2.generate import generate
 from lightning_namo.gpt2.load import find_vocabulary, load_network
-from tests.helpers.gpt2 import OUTPUT, TALE, contents, refusal, saved
+from tests.helpers.gpt2 import TALE, contents, refusal, saved
+
+OUTPUT = {"export": ("--out_dir", "hf"), "generate": ("--prompt", "Hello"), "consolidate": ("--out", "whole.ckpt")}
 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "_forward_module.model.", "module._forward_module.model._orig_mod."])

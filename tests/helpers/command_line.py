@@ -32,7 +32,7 @@ class Toy(pl.LightningModule):
         return [torch.zeros(1)]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+def complaint(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """Run a command line that must end with exit code 2 and one message; return that."""
     with pytest.raises(SystemExit) as stop:
         main(args)

@@ -47,9 +47,6 @@ def saved(path: Path, data: Any) -> Path:
     return path
 
 
-OUTPUT = {"export": ("--out_dir", "hf"), "generate": ("--prompt", "Hello"), "consolidate": ("--out", "whole.ckpt")}
-
-
 def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
     """What a command line says that ends with exit code 2: one line."""
     capsys.readouterr()

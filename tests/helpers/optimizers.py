@@ -7,16 +7,14 @@ import pickle
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, split_parameters
+from lightning_namo import NAMO, NAMOD, AdaMuon, Muon
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.toy import assert_same
 
 OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
 EXACT = {"orthogonalizer": "svd"}
 all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS)
-adaptive_optimizers = pytest.mark.parametrize("cls", [NAMO, NAMOD])
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -90,29 +88,6 @@ class Fused(nn.Module):
         self.table = nn.Embedding(9, 4)
         self.qkv = nn.Linear(4, 12)
         self.up = nn.ConvTranspose1d(4, 6, 3)
-
-
-def late_module() -> tuple[nn.Module, OrthogonalizedOptimizer]:
-    """A module of two layers and an optimizer that was built while the second was frozen."""
-    module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
-    module[1].requires_grad_(False)
-    optimizer = NAMO(split_parameters(module), lr=0.1, adamw_lr=0.01)
-    module[1].requires_grad_(True)
-    return module, optimizer
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operations that make the host wait for a value on the device."""
-
-    NAMES = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.overloadpacket.__name__ in self.NAMES
-        return func(*args, **kwargs or {})
 
 
 def refused(match: str) -> pytest.RaisesExc:

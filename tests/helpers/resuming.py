@@ -17,7 +17,14 @@ from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, WarmupStableDecay, optimize_with
 from tests.helpers import toy
-from tests.helpers.strategies import HYPER, CPUFSDPStrategy, FullFSDPStrategy, fsdp2, model_parallel, tensor_parallel
+from tests.helpers.strategies import (
+    EXACT_HYPER,
+    CPUFSDPStrategy,
+    FullFSDPStrategy,
+    fsdp2,
+    model_parallel,
+    tensor_parallel,
+)
 from tests.helpers.worker import gathered_weights
 
 STEPS, SAVED_AT, SAMPLES = 5, 3, 6
@@ -62,7 +69,7 @@ class ResumableNet(pl.LightningModule):
             return optimize_with(torch.optim.AdamW, schedule=schedule, lr=0.005)(self)
         adopt_state = self.optimizer == "adopter"
         cls = ADOPTER if adopt_state else CLASSES[self.optimizer]
-        return optimize_with(cls, schedule=schedule, adopt_state=adopt_state, **HYPER)(self)
+        return optimize_with(cls, schedule=schedule, adopt_state=adopt_state, **EXACT_HYPER)(self)
 
 
 # name -> processes, strategy that saves, what shards the module. FSDP1 wraps every layer, so that it cuts every matrix,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.utils.data import Dataset
 
 from tests.helpers.layouts import shard_children
 
-HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
+EXACT_HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
 
 
 class Regression(Dataset[tuple[Tensor, Tensor]]):
@@ -122,6 +121,3 @@ STRATEGIES: dict[str, tuple[int, Callable[[], str | Strategy], Any]] = {  # proc
     "fsdp2+tp": (4, lambda: model_parallel(2, 2), _fsdp2_tp),
     "hsdp": (4, lambda: model_parallel(4, 1), _hsdp),
 }
-OF_DEVICES = [  # tests on four devices are slow
-    pytest.param(name, marks=pytest.mark.slow) if devices > 2 else name for name, (devices, *_) in STRATEGIES.items()
-]

@@ -42,12 +42,6 @@ def tokens_in(folder: Path, name: str) -> list[int]:
     return np.fromfile(folder / f"{name}.bin", dtype="<u2").tolist()
 
 
-def write_txt(path: Path, texts: list[str | None]) -> None:
-    path.mkdir()
-    for number, text in enumerate(texts):
-        (path / f"{number:03d}.txt").write_bytes((text or "").encode())
-
-
 def write_jsonl(path: Path, texts: list[str | None]) -> None:
     path.with_suffix(".jsonl").write_text("\n".join(json.dumps({"text": text, "n": 1}) for text in texts))
 

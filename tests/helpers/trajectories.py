@@ -41,12 +41,5 @@ muon_hyper = {
     "mu1": st.floats(0.0, 0.97),
     "nesterov": st.booleans(),
 }
-namo_hyper = muon_hyper | {
-    "mu2": st.floats(0.95, 0.999),
-    "eps": st.sampled_from([0.0, 1e-8, 1e-2]),
-    "shape_scale": st.sampled_from([0.2, 0.5, None]),
-    "max_step": st.sampled_from([1.0, 0.05, None]),
-    "decay": st.sampled_from(["adaptive", "lr"]),
-}
 QUINTIC = {"ns_coefficients": (3.4445, -4.7750, 2.0315), "ns_steps": 5}  # lifts the rounding of its products
 CONVERGENT = {"ns_coefficients": (1.875, -1.25, 0.375), "ns_steps": 15}  # a fixed point at 1: forgets its rounding

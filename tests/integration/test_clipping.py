@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lightning_namo import GradientClipping, clip_gradients, gradient_norm
-from tests.helpers.clipping import BOUND, bits, gradients, layer_with
+from tests.helpers.clipping import BOUND, bits, gradients
 from tests.helpers.toy import assert_same
+
+
+def layer_with(*grads: Tensor | None) -> nn.ParameterList:
+    """A module of parameters with these gradients; None: a matrix without one."""
+    parameters = nn.ParameterList(torch.zeros(2, 2) if g is None else torch.zeros_like(g) for g in grads)
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = None if grad is None else grad.clone()
+    return parameters
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.optimizers import (
     OPTIMIZERS,
-    HostReads,
     all_optimizers,
     assert_same_run,
     build,
@@ -26,6 +25,21 @@ from tests.helpers.optimizers import (
     snapshot,
 )
 from tests.helpers.toy import assert_same
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operations that make the host wait for a value on the device."""
+
+    NAMES = ("_local_scalar_dense", "item", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ in self.NAMES
+        return func(*args, **kwargs or {})
+
 
 # --- the step and its closure ---------------------------------------------------------------------
 

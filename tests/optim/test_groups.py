@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, WarmupStableDecay, split_parameters
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.types import NonNegativeFloat
 from tests.helpers.optimizers import (
     OPTIMIZERS,
@@ -17,7 +18,6 @@ from tests.helpers.optimizers import (
     all_optimizers,
     assert_same_run,
     build,
-    late_module,
     parameter,
     parameters,
     randn,
@@ -26,6 +26,15 @@ from tests.helpers.optimizers import (
     through_a_file,
 )
 from tests.helpers.toy import assert_same
+
+
+def late_module() -> tuple[nn.Module, OrthogonalizedOptimizer]:
+    """A module of two layers and an optimizer that was built while the second was frozen."""
+    module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    module[1].requires_grad_(False)
+    optimizer = NAMO(split_parameters(module), lr=0.1, adamw_lr=0.01)
+    module[1].requires_grad_(True)
+    return module, optimizer
 
 
 @all_optimizers

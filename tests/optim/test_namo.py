@@ -8,9 +8,20 @@ from torch import nn
 
 from lightning_namo import NAMO, NAMOD
 from tests import reference
-from tests.helpers.optimizers import adaptive_optimizers, exact_run, parameter, parameters, randn, refused, run
+from tests.helpers.optimizers import exact_run, parameter, parameters, randn, refused, run
 from tests.helpers.toy import assert_same
-from tests.helpers.trajectories import assert_trajectories_agree, exact, namo_hyper, package, problems
+from tests.helpers.trajectories import assert_trajectories_agree, exact, muon_hyper, package, problems
+
+namo_hyper = muon_hyper | {
+    "mu2": st.floats(0.95, 0.999),
+    "eps": st.sampled_from([0.0, 1e-8, 1e-2]),
+    "shape_scale": st.sampled_from([0.2, 0.5, None]),
+    "max_step": st.sampled_from([1.0, 0.05, None]),
+    "decay": st.sampled_from(["adaptive", "lr"]),
+}
+
+
+adaptive_optimizers = pytest.mark.parametrize("cls", [NAMO, NAMOD])
 
 
 def test_transposing_matters_to_namo_d_whose_statistics_are_by_column():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
+from lightning_namo import NAMO, build_optimizer
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import shard
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
@@ -20,9 +20,8 @@ from lightning_namo.planning.simulated_mesh import Grid
 from lightning_namo.sharding.local import local_tensor
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.worker import Wire, counted, new_module
+from tests.helpers.worker import ALGORITHMS, Wire, counted, new_module
 
-ALGORITHMS = {"namo": NAMO, "namo_d": NAMOD, "adamuon": AdaMuon}
 PLAIN = [(layout, "namo") for layout in ("ddp", "fsdp2-even", "fsdp2-uneven", "hsdp", "fsdp2+tp")]
 PLAIN += [("fsdp2-uneven", "namo_d"), ("fsdp2+tp", "adamuon")]  # other statistics and state
 SHARDED = {2: ((2, 1), (1, 2)), 3: ((3, 1),), 4: ((2, 1), (1, 2), (2, 2))}  # replicas and tensor ranks of a GPT-2

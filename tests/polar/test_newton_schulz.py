@@ -11,18 +11,12 @@ from lightning_namo import orthogonalize
 from lightning_namo.polar.iteration_dtype import _fastest_dtype
 from lightning_namo.polar.newton_schulz import _NORM_EPS, _normalize
 from lightning_namo.workspace import Workspace
-from tests.helpers.matrices import (
-    ERROR_BOUND,
-    LARGE,
-    POLYNOMIALS,
-    SHAPES,
-    each_dtype,
-    large,
-    matrix,
-    of_exponent,
-    relative,
-)
+from tests.helpers.matrices import LARGE, POLYNOMIALS, SHAPES, each_dtype, large, matrix, of_exponent, relative
 from tests.reference import newton_schulz
+
+# Of the error of the plain iteration in the same dtype. In float32 the Gram square, which is there for bfloat16, has up
+# to 1.55 of it (measured; the median is at most 1.12), and that is at most 1.4e-4.
+ERROR_BOUND = {torch.bfloat16: 1.0, torch.float32: 2.0}
 
 
 @pytest.mark.slow

@@ -8,7 +8,14 @@ import pytest
 from lightning_namo.gpt2.data import documents
 from lightning_namo.gpt2.data.encoding import Encoder
 from lightning_namo.gpt2.data.prepare import prepare
-from tests.helpers.text import TEXTS, ids_of, tokens_in, write_jsonl, write_parquet, write_txt
+from tests.helpers.text import TEXTS, ids_of, tokens_in, write_jsonl, write_parquet
+
+
+def write_txt(path: Path, texts: list[str | None]) -> None:
+    path.mkdir()
+    for number, text in enumerate(texts):
+        (path / f"{number:03d}.txt").write_bytes((text or "").encode())
+
 
 Write = Callable[[Path, list[str | None]], None]
 
