@@ -47,6 +47,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a test in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="module")
 def kept_parsers() -> Iterator[None]:
     """Let command lines share the parsers of subcommands, which take longer to make than a command line to parse."""
@@ -63,6 +69,17 @@ def kept_parsers() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(NamoCLI, "_prepare_subcommand_parser", keep)
         yield
+
+
+@pytest.fixture
+def fake_world() -> Iterator[None]:
+    """A world of two of which only rank 0 exists: enough to shard, no collective does anything."""
+    import torch
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def native() -> str:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
+from lightning_namo import NAMO, AdaMuon, build_optimizer
+from tests.helpers.optimizers import OPTIMIZERS, all_optimizers
+from tests.helpers.toy import assert_same
 
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
-all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)
 
-
-class Net(nn.Module):
+class ConvNet(nn.Module):
     def __init__(self, channels: int = 3) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -42,15 +41,11 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> N
         optimizer.step()
 
 
-def trained(cls: Any = NAMO, steps: int = 3, **options: Any) -> tuple[Net, torch.optim.Optimizer]:
-    model = Net()
+def trained(cls: Any = NAMO, steps: int = 3, **options: Any) -> tuple[ConvNet, torch.optim.Optimizer]:
+    model = ConvNet()
     optimizer = build(model, cls, **options)
     train(model, optimizer, range(steps))
     return model, optimizer
-
-
-def assert_same(actual: object, expected: object) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 # --- layouts in memory -----------------------------------------------------------------------------
@@ -83,9 +78,9 @@ def test_a_contiguous_checkpoint_resumes_in_a_channels_last_model(cls, adopt):
 
 def test_a_resumed_adamw_state_equals_torchs_over_the_next_steps():
     """AdamW alone has gradients: torch's own optimizer, resumed beside it, ends at the same weights."""
-    model = Net()
+    model = ConvNet()
     theirs = torch.optim.AdamW(model.conv.parameters(), lr=0.05, weight_decay=0.1)
-    twin = Net()
+    twin = ConvNet()
     groups = [{"params": [twin.out.weight]}, {"params": list(twin.conv.parameters()), "orthogonalize": False}]
     hyper = {"adamw_lr": 0.05, "adamw_weight_decay": 0.1, "adamw_betas": (0.9, 0.999), "adamw_eps": 1e-8}
     ours = NAMO(groups, **hyper)
@@ -240,7 +235,7 @@ def test_a_pre_hook_can_make_a_checkpoint_fit():
 
 def test_post_hooks_do_not_run_after_a_refusal():
     called = []
-    resumed = build(Net())
+    resumed = build(ConvNet())
     resumed.register_load_state_dict_post_hook(lambda _: called.append(True))
     with pytest.raises(ValueError, match="Nothing was loaded"):
         resumed.load_state_dict({"state": {}, "param_groups": []})
@@ -248,7 +243,7 @@ def test_post_hooks_do_not_run_after_a_refusal():
 
 
 def test_a_post_hook_sees_statistics_in_their_own_dtypes():
-    model, optimizer = Net().bfloat16(), None
+    model, optimizer = ConvNet().bfloat16(), None
     optimizer = build(model, AdaMuon, momentum_dtype="float32")
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.3)
@@ -266,7 +261,7 @@ def test_a_post_hook_sees_statistics_in_their_own_dtypes():
 def test_a_state_for_parameters_without_memory_is_refused_by_name():
     _, optimizer = trained()
     with torch.device("meta"):
-        empty = Net()
+        empty = ConvNet()
     resumed = build(empty)
     with pytest.raises(ValueError, match=r"of conv.bias|conv.weight|table.weight|out.weight"):
         resumed.load_state_dict(optimizer.state_dict())
@@ -278,7 +273,7 @@ def test_a_state_for_parameters_without_memory_is_refused_by_name():
 def test_a_state_loads_after_a_module_built_on_meta_was_given_memory_in_place(cls):
     model, optimizer = trained(cls)
     with torch.device("meta"):
-        empty = Net()
+        empty = ConvNet()
     resumed = build(empty, cls)
     for parameter, source in zip(empty.parameters(), model.parameters(), strict=True):
         torch.utils.swap_tensors(parameter, nn.Parameter(source.detach().clone()))

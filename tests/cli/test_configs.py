@@ -21,10 +21,10 @@ from lightning_namo.gpt2.data.streaming import StreamingTextDataModule
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import MeshStrategy
 from lightning_namo.integration.build import make_optimizer
+from tests.helpers.paths import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("kept_parsers")
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 STRATEGIES = sorted((CONFIGS / "strategy").glob("*.yaml"))
 LIGHTNING, OURS = "lightning.pytorch.strategies", "lightning_namo.gpt2.parallel.MeshStrategy"
 EXPECTED: dict[str, tuple[str, dict[str, Any], int]] = {  # strategy, some of its arguments, replicas of the model

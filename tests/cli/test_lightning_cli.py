@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,35 +20,12 @@ from lightning_namo import OptimizerCallback, WarmupStableDecay
 from lightning_namo.cli import main
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
-from tests.helpers.forked import run_python
+from tests.helpers.command_line import OWN, QUICKSTART, SMALL, Toy
+from tests.helpers.paths import CONFIGS
 
-pytestmark = pytest.mark.usefixtures("kept_parsers")
+pytestmark = pytest.mark.usefixtures("kept_parsers", "empty_folder")
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-QUICKSTART = f"--config={CONFIGS / 'quickstart.yaml'}"
-SMALL = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")
-QUIET = ("--trainer.logger=false", "--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false")
 Fit = Callable[..., Any]
-
-
-class Toy(pl.LightningModule):
-    """A module of the user's own, without an optimizer."""
-
-    def __init__(self, width: int = 4, vocab_size: int = 7) -> None:
-        super().__init__()
-        self.layer = torch.nn.Linear(width, width)
-        self.vocab_size = vocab_size
-
-    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        raise ValueError("a bug of the user's own")
-
-    def train_dataloader(self) -> list[torch.Tensor]:
-        return [torch.zeros(1)]
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
@@ -81,29 +57,6 @@ def group_of(trainer: pl.Trainer) -> tuple[type, dict[str, Any]]:
     return type(optimizer), optimizer.param_groups[0]
 
 
-def refused(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """Run a command line that must end with exit code 2 and one message; return that."""
-    with pytest.raises(SystemExit) as stop:
-        main(args)
-    assert stop.value.code == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err + captured.out
-    assert captured.err.count("error: ") == 1
-    assert len(captured.err.split("error: ")[0].splitlines()) < 12  # no pages of usage before it
-    return captured.err.split("error: ")[1]
-
-
-# ---------------------------------------------------------------------- help and configs
-
-
-def test_help_names_lightning_s_commands_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--help"])
-    assert stop.value.code == 0
-    out = capsys.readouterr().out
-    assert all(command in out for command in ("fit", "validate", "test", "predict", "prepare"))
-
-
 def test_help_of_fit_explains_the_optimizer_section(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
@@ -119,12 +72,6 @@ def test_help_of_an_optimizer_lists_its_arguments(capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "c in (0, 1]: 1 scales all columns alike" in out
     assert "--optim.optimizer.params" not in out
-
-
-def test_the_module_runs_as_the_console_script_does() -> None:
-    done = run_python(["-m", "lightning_namo", "--help"])
-    assert done.returncode == 0
-    assert "lightning-namo" in done.stdout
 
 
 def test_a_printed_config_gives_itself_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -220,7 +167,7 @@ def test_a_scheduler_of_torch_can_be_the_schedule(fit: Fit) -> None:
 
 
 def test_a_module_of_the_user_s_own_takes_the_model_s_place(fit: Fit) -> None:
-    options = [f"--model={__name__}.Toy", "--model.width=6", f"--data={__name__}.NoData"]
+    options = [*OWN, "--model.width=6"]
     trainer, model, _ = fit(*options, "--optim.optimizer=NAMOD")
     assert isinstance(model, Toy)
     assert (model.layer.in_features, model.vocab_size) == (6, 7)
@@ -269,114 +216,6 @@ def test_a_second_run_in_the_same_folder_overwrites_the_saved_config(tmp_path: P
     saved = yaml.safe_load((tmp_path / "logs" / "same" / "config.yaml").read_text())
     assert saved["optim"]["optimizer"]["init_args"]["lr"] == 0.02
     assert saved["model"]["init_args"]["vocab_size"] == 320  # 300, rounded up to a multiple of 64
-
-
-def test_prepare_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    lines = [json.dumps({"text": f"Document {number} of ten, in a few words."}) for number in range(10)]
-    (tmp_path / "documents.jsonl").write_text("\n".join(lines))
-    main(["prepare", "--inputs+", "documents.jsonl", "--out_dir", "tokens", "--vocab_size", "300"])
-    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "tokens" / "meta.json").read_text())
-
-
-# ---------------------------------------------------------------------- wrong input
-
-OURS = "--optim.optimizer=NAMOD"
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([OURS, "--optim.optimizer.lr=-1"], "-1 does not conform to restriction v>=0"),
-        ([OURS, "--optim.optimizer.lr=fast"], 'Parser key "lr"'),
-        ([OURS, "--optim.optimizer.momentum=1.5"], "1.5 does not conform to restriction v>=0 and v<1"),
-        ([OURS, "--optim.optimizer.clamp=2"], "does not conform to restriction v>=0 and v<=1"),
-        ([OURS, "--optim.optimizer.momentum=0.999"], "expected beta2 to be above momentum^2 = 0.998001"),
-        ([OURS, "--optim.optimizer.rate=1"], "Option 'rate' is not accepted"),
-        (["--optim.optimizer=NAMO", "--optim.optimizer.clamp=0.1"], "Option 'clamp' is not accepted"),
-        (["--optim.optimizer=NAMI"], 'Parser key "optim.optimizer"'),
-        (["--optim.optimizer=torch.optim.AdamW", "--optim.optimizer.lr=-1"], "Invalid learning rate: -1"),
-        (
-            ["--optim.schedule.warmup=-1"],
-            "Expected warmup to be steps (a whole number) or a share in [0, 1] but got -1",
-        ),
-        (["--optim.schedule.warmup=1.5"], "a share in [0, 1] but got 1.5"),
-        (["--optim.schedule.warm=3"], "Option 'warm' is not accepted"),
-        (["--optim.adamw=*.nothing"], "Expected '*.nothing' in adamw to match a parameter"),
-        (
-            ["--optim.schedule.warmup=9", "--trainer.max_steps=5", "--optim.schedule.decay=0.1"],
-            "Expected a run of at least",
-        ),
-        (["--optimizer", "AdamW"], "Expected the optimizer under --optim.optimizer"),
-        (["--optimizer.lr=0.1"], "Got --optimizer.lr=0.1"),
-        (["--lr_scheduler=StepLR"], "its schedule under --optim.schedule"),
-        (
-            ['--config={"optimizer": {"class_path": "torch.optim.AdamW"}}'],
-            "Expected the optimizer under --optim.optimizer",
-        ),
-        (['--config={"optim": {"optimiser": "NAMO"}}'], "optim.optimiser"),
-        (["--config=nowhere.yaml"], "nowhere.yaml"),
-        (["--trainer.max_step=3"], "max_step"),
-        (["--trainer.accelerator=abacus"], "abacus"),
-        (["--model.n_embd=0"], "0 does not conform to restriction v>0"),
-        (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
-        (["--model=Unknown"], "Unknown"),
-        (["--optim.optimizer={class_path: NAMO"], "optim.optimizer"),
-        (["--optim.optimizer"], "expected one argument"),
-        (["--data.data_dir=nowhere"], "Expected nowhere/meta.json"),
-        (
-            ["--data.data_dir=nowhere", "--data.vocab_size=9"],
-            "Expected token ids in nowhere/train.bin",
-        ),
-        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
-        (["--data.global_batch_size=40"], "batch_size 16 x 1 data-parallel ranks. Got 16 sequences at a time"),
-        (
-            [f"--config={CONFIGS / 'strategy' / 'fsdp2_tp.yaml'}", "--trainer.accelerator=cpu", "--trainer.devices=3"],
-            "to be the number of processes (devices * num_nodes). Got 3 processes.",
-        ),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-@pytest.mark.slow  # test_yaml_fuzz.py has fast ones
-def test_wrong_input_to_fit_is_one_clear_message(
-    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert message in refused(capsys, "fit", *QUIET, *SMALL, *options)
-
-
-@pytest.mark.parametrize(
-    ("content", "options", "message"),
-    [
-        ("not json", [], "Expected a JSON object in {path}, line 1"),
-        ('{"text": "one"}\n{"content": "two"}', [], "under 'text' in {path}, line 2. Got the keys ['content']"),
-        ('{"text": "one"}', ["--val_fraction=1"], "1 does not conform to restriction v>0 and v<1"),
-        ('{"text": "one"}\n{"text": "two"}', ["--vocab_size=9"], "Expected vocab_size from 257"),
-        ('{"text": "one"}', ["--colour=red"], "--colour=red"),
-    ],
-)
-def test_wrong_input_to_prepare_is_one_clear_message(
-    content: str, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "documents.jsonl"
-    path.write_text(content)
-    arguments = ["prepare", f'--inputs=["{path}"]', "--out_dir=tokens", *options]
-    assert message.format(path=path) in refused(capsys, *arguments)
-
-
-def test_loaders_of_a_module_do_not_give_way_to_the_recipes_text(capsys: pytest.CaptureFixture[str]) -> None:
-    message = refused(capsys, "fit", *QUIET, f"--model={__name__}.Toy", "--trainer.max_steps=1")
-    assert message.startswith("Expected one source of training data, but Toy has a train_dataloader and --data is")
-
-
-def test_a_bug_in_the_user_s_module_keeps_its_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError, match="a bug of the user's own"):
-        main(["fit", *QUIET, f"--model={__name__}.Toy", f"--data={__name__}.NoData", "--trainer.max_steps=1"])
-
-
-class NoData(pl.LightningDataModule):
-    """Leaves the data to the module."""
-
-    def train_dataloader(self) -> list[torch.Tensor]:
-        return [torch.zeros(1)]
 
 
 def test_numbers_reach_the_optimizer_and_the_data_as_plain_numbers(fit: Fit) -> None:

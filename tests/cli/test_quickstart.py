@@ -16,10 +16,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers.forked import run_python
+from tests.helpers.paths import CONFIGS
 
 pytestmark = pytest.mark.slow
 
-CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+CONFIG = CONFIGS / "quickstart.yaml"
 STEPS, SAVED, BATCH = 30, 15, 4  # of steps, both inside the first pass over the data; a quarter of the config's batch
 SHORT = (
     f"--data.batch_size={BATCH}",

@@ -13,8 +13,8 @@ import yaml
 
 from lightning_namo.cli.sweep import sweep
 from tests.helpers.forked import run_python
+from tests.helpers.paths import ROOT
 
-ROOT = Path(__file__).parents[2]
 GRID = {
     "config": str(ROOT / "configs/optim/namo.yaml"),
     "values": {

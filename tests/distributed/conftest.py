@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.job import STEPS, losses, run_ranks, succeed
+from tests.helpers.job import STEPS, losses, run_job, succeed
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """The folder of a run on one node with two processes under DDP."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     (folder / "data").symlink_to(data)
-    succeed(run_ranks(folder))
+    succeed(run_job(folder))
     return folder
 
 

@@ -9,19 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, whole
-from tests.helpers.worker import clean, gathered_weights, new_module
+from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, shard_children, whole
+from tests.helpers.worker import clean, gathered_weights, local, new_module
 
 LEFT_ALONE, OTHER = "tall.layer.weight", "wide.layer.weight"
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _no_gradient(parameter: nn.Parameter, rank: int) -> None:
@@ -35,7 +30,7 @@ def _no_gradient_on_one_rank(parameter: nn.Parameter, rank: int) -> None:
 
 def _nan_on_rank(where: int, parameter: nn.Parameter, rank: int) -> None:
     if rank == where:
-        _local(parameter.grad).view(-1)[0] = torch.nan
+        local(parameter.grad).view(-1)[0] = torch.nan
 
 
 def _none_on_rank_and_nan_on_the_other(where: int, parameter: nn.Parameter, rank: int) -> None:
@@ -45,7 +40,7 @@ def _none_on_rank_and_nan_on_the_other(where: int, parameter: nn.Parameter, rank
 
 
 def _infinite_everywhere(parameter: nn.Parameter, rank: int) -> None:
-    _local(parameter.grad).fill_(torch.inf)
+    local(parameter.grad).fill_(torch.inf)
 
 
 SPOILED = {  # how a gradient is spoiled: (by what, is it counted)
@@ -73,16 +68,16 @@ def spoil_one_step(rank: int, layout: str) -> dict[Any, Any]:
             optimizer.zero_grad()
             module(grads[1]).backward()
             spoil(named[LEFT_ALONE], rank)
-            before = {name: _local(parameter.detach()).clone() for name, parameter in named.items()}
-            state = {k: _local(v).clone() for k, v in optimizer.state[named[LEFT_ALONE]].items()}
+            before = {name: local(parameter.detach()).clone() for name, parameter in named.items()}
+            state = {k: local(v).clone() for k, v in optimizer.state[named[LEFT_ALONE]].items()}
             optimizer.step()
             after = optimizer.state[named[LEFT_ALONE]]
             answers[spoiled, cls.__name__] = {
-                "weight": torch.equal(before[LEFT_ALONE], _local(named[LEFT_ALONE].detach())),
-                "state": all(torch.equal(state[k], _local(after[k])) for k in state if k != "skipped"),
+                "weight": torch.equal(before[LEFT_ALONE], local(named[LEFT_ALONE].detach())),
+                "state": all(torch.equal(state[k], local(after[k])) for k in state if k != "skipped"),
                 "skipped": int(after["skipped"] - state["skipped"]),
                 "others": not torch.equal(whole(named[OTHER]), grads[0]["wide"]["weight"])
-                and (before[OTHER].numel() == 0 or not torch.equal(before[OTHER], _local(named[OTHER].detach()))),
+                and (before[OTHER].numel() == 0 or not torch.equal(before[OTHER], local(named[OTHER].detach()))),
             }
     return answers
 
@@ -115,10 +110,10 @@ def poison_adamw(rank: int) -> tuple[bool, bool]:
     module(prescribed_gradients(new_module(Odd, torch.float32), 0)).backward()
     bias, weight = module.tall.layer.bias, module.tall.layer.weight
     if rank == 1:
-        _local(bias.grad)[0] = torch.nan
-    before = _local(bias.detach()).clone(), _local(weight.detach()).clone()
+        local(bias.grad)[0] = torch.nan
+    before = local(bias.detach()).clone(), local(weight.detach()).clone()
     optimizer.step()
-    return torch.equal(before[0], _local(bias.detach())), torch.equal(before[1], _local(weight.detach()))
+    return torch.equal(before[0], local(bias.detach())), torch.equal(before[1], local(weight.detach()))
 
 
 def test_an_adamw_gradient_not_finite_on_one_rank_stops_adamw_on_all_ranks_and_no_matrix() -> None:
@@ -135,10 +130,10 @@ def spoil_a_bias(rank: int, layout: str) -> tuple[Tensor, float, int, bool]:
         module(prescribed_gradients(new_module(Odd, torch.float32), step)).backward()
         if rank == 1 and step == 1:
             bias.grad = None
-        before = _local(weight.detach()).clone()
+        before = local(weight.detach()).clone()
         optimizer.step()
         optimizer.zero_grad()
-        moved.append(not torch.equal(before, _local(weight.detach())))
+        moved.append(not torch.equal(before, local(weight.detach())))
     return whole(bias), optimizer.state[bias]["step"].item(), optimizer.skipped_steps(), all(moved)
 
 
@@ -219,9 +214,7 @@ def test_a_failure_on_one_rank_ends_the_job_with_its_message() -> None:
 def built_before_sharding(rank: int) -> None:
     module = new_module(Odd, torch.float32)
     optimizer = build_optimizer(module, NAMO)
-    for child in module.children():
-        fully_shard(child)
-    fully_shard(module)
+    shard_children(module)
     module(prescribed_gradients(new_module(Odd, torch.float32), 0)).backward()
     optimizer.step()
 

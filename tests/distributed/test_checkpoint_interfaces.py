@@ -14,18 +14,19 @@ from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_namo import NAMOD, AdaMuon, build_optimizer
-from tests.distributed.test_checkpoints import run_cases
 from tests.helpers.launch import WorkerError, run_ranks
+from tests.helpers.layouts import shard_children
+from tests.helpers.resuming import run_cases
+from tests.helpers.strategies import fsdp2
 from tests.helpers.worker import relative_error, whole
 
 OPTIMIZERS = {"NAMOD": NAMOD, "AdaMuon": AdaMuon}
 
 
-class Net(nn.Module):
+class UnevenNet(nn.Module):
     """One layer never has a gradient; one has a single row, which leaves ranks without any."""
 
     def __init__(self) -> None:
@@ -52,11 +53,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sharded(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
-    model = Net()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for child in model.children():
-        fully_shard(child, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = shard_children(UnevenNet(), init_device_mesh("cpu", (dist.get_world_size(),)))
     return model, build_optimizer(model, OPTIMIZERS[optimizer], lr=0.02, orthogonalizer="svd")
 
 
@@ -110,17 +107,11 @@ def test_torch_distributed_checkpoint_moves_between_numbers_of_ranks(tmp_path: P
                 assert relative_error(actual[case][name], weight) <= 1e-12, (world, case, name)
 
 
-def parallelize(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    for child in module.children():
-        fully_shard(child, mesh=mesh["data_parallel"])
-    return fully_shard(module, mesh=mesh["data_parallel"])
-
-
 def run_fabric(strategy: str, folder: str, resume: str | None) -> dict[str, Tensor]:
-    chosen = ModelParallelStrategy(parallelize_fn=parallelize) if strategy == "fsdp2" else strategy
+    chosen = ModelParallelStrategy(parallelize_fn=fsdp2) if strategy == "fsdp2" else strategy
     fabric = Fabric(accelerator="cpu", devices=1 if strategy == "auto" else 2, strategy=chosen)
     fabric.launch()
-    net = Net()
+    net = UnevenNet()
     net.unused.requires_grad_(False)  # DDP would wait for its gradients
     model = fabric.setup_module(net)
     optimizer: Any = fabric.setup_optimizers(build_optimizer(model, NAMOD, lr=0.02, orthogonalizer="svd"))

@@ -23,13 +23,19 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMOD, ClipsGradients, GradientClipping, clip_gradients, gradient_norm, optimize_with
-from tests.distributed.test_strategies import HYPER, OF_DEVICES, STRATEGIES, Net, Regression
+from tests.helpers import toy
+from tests.helpers.clipping import BOUND
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients
-from tests.helpers.worker import Backward, Wire, clean, counted, new_module, relative_error, whole
+from tests.helpers.strategies import EXACT_HYPER, STRATEGIES, Regression, RegressionNet
+from tests.helpers.worker import Backward, Wire, clean, counted, gathered_weights, new_module, relative_error, whole
+
+OF_DEVICES = [  # tests on four devices are slow
+    pytest.param(name, marks=pytest.mark.slow) if devices > 2 else name for name, (devices, *_) in STRATEGIES.items()
+]
+
 
 WORLD_SIZES = [2, pytest.param(4, marks=pytest.mark.slow)]
-BOUND = {"norm": "max_norm", "value": "clip_value"}
 
 
 # --- the functions, under every layout of the step's own tests ------------------------------------
@@ -136,15 +142,15 @@ def clip_partial_sums() -> dict[str, float]:
 # --- Lightning's strategies, through the mixin and the callback -----------------------------------
 
 
-class WithSGD(Net):
+class WithSGD(RegressionNet):
     """Weights that are sums of gradients, so that clipping shows in full."""
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.5, momentum=0.5, foreach=False)
 
 
-class WithNAMOD(Net):
-    configure_optimizers = optimize_with(NAMOD, **HYPER)
+class WithNAMOD(RegressionNet):
+    configure_optimizers = optimize_with(NAMOD, **EXACT_HYPER)
 
 
 class Clipped(ClipsGradients, WithSGD):
@@ -177,31 +183,22 @@ WAYS = {"mixin": Clipped, "callback": WithNAMOD}
 Answer = tuple[dict[str, Tensor], list[float]]
 
 
-def fit(module: Net, norms: Norms, strategy: Any, devices: int, shares: int, **options: Any) -> Answer:
+def fit(module: RegressionNet, norms: Norms, strategy: Any, devices: int, shares: int, **options: Any) -> Answer:
     """Train 6 steps of 2 accumulated batches of 4 samples in all, divided over ``shares`` data-parallel ranks."""
-    callbacks = [norms, *options.pop("callbacks", [])]
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = toy.trainer(
+        norms,
+        *options.pop("callbacks", []),
         devices=devices,
         strategy=strategy,
         max_steps=6,
         accumulate_grad_batches=2,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
         **options,
     )
     rank = dist.get_rank() // (devices // shares) if devices > 1 else 0
     order = [i for i in range(48) if i % shares == rank]  # of each batch of 4, every shares-th sample
     trainer.fit(module, DataLoader(Regression(), batch_size=4 // shares, sampler=order))
-    root = trainer.strategy.model
-    full = FSDP.summon_full_params(root, writeback=False) if isinstance(root, FSDP) else contextlib.nullcontext()
-    with full:
-        named = {clean(n).removeprefix("_forward_module."): p for n, p in root.named_parameters()}
-        return {name: whole(parameter).clone() for name, parameter in named.items()}, norms.logged
+    return gathered_weights(trainer.strategy.model), norms.logged
 
 
 def clipping(way: str, algorithm: str) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from lightning_namo.gpt2.export import export
 from lightning_namo.gpt2.generate import generate
 from lightning_namo.gpt2.load import load_network
 from lightning_namo.gpt2.module import GPT2Module
-from tests.distributed.test_checkpoints import FullFSDPStrategy, checkpoint, model_parallel, run_cases
-from tests.distributed.test_strategies import CPUFSDPStrategy
+from tests.helpers import toy
 from tests.helpers.launch import run_ranks
+from tests.helpers.resuming import checkpoint, run_cases
+from tests.helpers.strategies import CPUFSDPStrategy, FullFSDPStrategy, model_parallel
 from tests.helpers.worker import relative_error
 
 STRATEGIES: dict[str, Callable[[], str | Strategy]] = {
@@ -52,16 +53,12 @@ def train(strategy: str | Strategy, devices: int, folder: Path, name: str, resum
         folder, filename=f"{name}-{{step}}", every_n_train_steps=SAVED_AT, save_top_k=-1
     )
     optimizer = OptimizerCallback(functools.partial(NAMOD, lr=0.02, orthogonalizer="svd"))
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = toy.trainer(
+        *([optimizer] if resume else [optimizer, saver]),
         devices=devices,
         strategy=strategy,
         max_steps=STEPS,
-        callbacks=[optimizer] if resume else [optimizer, saver],
         enable_checkpointing=not resume,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     trainer.fit(module, DataLoader([(IDS, IDS.roll(1, 1))] * STEPS, batch_size=None), ckpt_path=resume)
@@ -83,7 +80,7 @@ class Runs:
     Attributes:
         folder: Of the checkpoints.
         logits: Of GPT-2s after the last step, by strategy.
-        uninterrupted: Weights of `Net` after a run without a stop, by strategy and optimizer.
+        uninterrupted: Weights of `ResumableNet` after a run without a stop, by strategy and optimizer.
         resumed: After one from a consolidated checkpoint.
     """
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import pytest
@@ -16,10 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_namo import OptimizerCallback
-from lightning_namo.integration.preemption import SaveOnSigterm
-from tests.helpers.job import AT, EVERY, LAST, STEPS, command, finish, losses, run_agents, run_ranks, succeed
-from tests.helpers.launch import WorkerError
-from tests.helpers.launch import run_ranks as run_workers
+from tests.helpers.job import AT, EVERY, LAST, STEPS, command, finish, losses, run_agents, run_job, succeed
+from tests.helpers.launch import WorkerError, run_ranks
 
 SIGTERMED = 143
 # Sharded training rounds otherwise, by 5e-6 here. One repeated or skipped batch, or a lost momentum, is above 1e-3.
@@ -37,13 +33,13 @@ def check_losses(folder: Path, expected: dict[int, float], strategy: str = "ddp"
 def test_the_others_end_when_a_rank_is_killed_and_the_last_checkpoint_goes_on(
     folder: Path, uninterrupted: dict[int, float]
 ) -> None:
-    survivor, killed = run_ranks(folder, fault="Killed")
+    survivor, killed = run_job(folder, fault="Killed")
     assert killed.code == -9
     assert survivor.code == 1
     assert "RuntimeError" in survivor.output
     assert "remote worker" in survivor.output  # gloo's message; NCCL has a timeout instead, and torchrun ends the rank
     assert os.readlink(folder / "saved" / "last.ckpt") == f"step={AT}.ckpt"
-    succeed(run_ranks(folder, *LAST))
+    succeed(run_job(folder, *LAST))
     check_losses(folder, uninterrupted, start=AT)
 
 
@@ -59,17 +55,17 @@ def test_torchrun_restarts_the_ranks_from_the_last_checkpoint(folder: Path, unin
 def test_sigterm_saves_the_step_at_hand_and_the_job_goes_on_from_there(
     strategy: str, folder: Path, uninterrupted: dict[int, float]
 ) -> None:
-    for rank in run_ranks(folder, fault="Preempted", strategy=strategy):
+    for rank in run_job(folder, fault="Preempted", strategy=strategy):
         assert rank.code == SIGTERMED, rank.output
     assert not list(folder.glob("saved/*.unfinished"))
     assert (folder / "saved" / f"last-sigterm-step={AT + 1}.ckpt").exists()
-    succeed(run_ranks(folder, *LAST, strategy=strategy))
+    succeed(run_job(folder, *LAST, strategy=strategy))
     check_losses(folder, uninterrupted, strategy, start=AT + 1)
 
 
 @pytest.mark.slow
 def test_a_full_disk_ends_the_job_and_leaves_the_last_checkpoint_whole(folder: Path, whole_run: Path) -> None:
-    for rank in run_ranks(folder, fault="FullDisk"):
+    for rank in run_job(folder, fault="FullDisk"):
         assert rank.code == 1, rank.output
     assert sorted(path.name for path in (folder / "saved").iterdir()) == ["last.ckpt", "step=2.ckpt", f"step={AT}.ckpt"]
     last, expected = (
@@ -86,18 +82,18 @@ def test_a_full_disk_ends_the_job_and_leaves_the_last_checkpoint_whole(folder: P
 def test_a_full_disk_leaves_no_sharded_checkpoint_that_is_not_whole(
     folder: Path, uninterrupted: dict[int, float]
 ) -> None:
-    for rank in run_ranks(folder, fault="FullDisk", strategy="fsdp2"):
+    for rank in run_job(folder, fault="FullDisk", strategy="fsdp2"):
         assert rank.code == 1, rank.output
     torn = folder / "saved" / f"step={AT + EVERY}.ckpt"
     assert list(torn.iterdir())
     assert not (torn / ".metadata").exists()  # written last; without it nobody takes the folder for a checkpoint
-    succeed(run_ranks(folder, *LAST, strategy="fsdp2"))
+    succeed(run_job(folder, *LAST, strategy="fsdp2"))
     check_losses(folder, uninterrupted, "fsdp2", start=AT)
 
 
 @pytest.mark.slow
 def test_nan_on_one_rank_leaves_out_one_step_on_all_ranks(folder: Path, uninterrupted: dict[int, float]) -> None:
-    ended = run_ranks(folder, fault="NotANumber")
+    ended = run_job(folder, fault="NotANumber")
     succeed(ended)
     # eight matrices and AdamW's group
     assert f"9 updates of matrices or AdamW groups were left out since step {AT}" in ended[0].output
@@ -111,7 +107,7 @@ def test_nan_on_one_rank_leaves_out_one_step_on_all_ranks(folder: Path, uninterr
 
 
 def test_another_model_on_one_rank_is_named_on_all_ranks_and_fsdp2_does_not_hang(folder: Path) -> None:
-    for rank in run_ranks(folder, fault="AnotherModel", strategy="fsdp2"):
+    for rank in run_job(folder, fault="AnotherModel", strategy="fsdp2"):
         assert rank.code == 2, rank.output
         assert "rank 1 has" in rank.output
         assert "model.transformer.h.2." in rank.output
@@ -128,33 +124,6 @@ def test_a_port_in_use_is_named_before_any_process_is_started(folder: Path) -> N
     assert f"lightning-namo: error: Expected port {port}, where the processes are to meet, to be free." in ended.output
     assert "Traceback" not in ended.output
     assert not ended.leftovers
-
-
-class Interrupted(pl.Callback):
-    """SIGTERM before the first of two micro-batches."""
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, number: int) -> None:
-        if number == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_sigterm_waits_for_the_end_of_an_accumulated_step(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        max_steps=4,
-        accumulate_grad_batches=2,
-        logger=False,
-        default_root_dir=tmp_path,
-        enable_progress_bar=False,
-        callbacks=[OptimizerCallback(), SaveOnSigterm(), Interrupted()],
-    )
-    with pytest.raises(SystemExit) as ended:
-        trainer.fit(Unequal(0), DataLoader(torch.ones(8, 4)))
-    assert ended.value.code == SIGTERMED
-    saved = torch.load(tmp_path / "checkpoints" / "last-sigterm-step=2.ckpt", weights_only=True)
-    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 4
-    assert signal.getsignal(signal.SIGTERM) == before
 
 
 class Unequal(pl.LightningModule):
@@ -178,5 +147,5 @@ def fit_unequal(rank: int) -> None:
 
 def test_ddp_does_not_get_to_refuse_another_model_without_a_name() -> None:
     with pytest.raises(WorkerError) as error:
-        run_workers(fit_unequal, 2, timeout=60)
+        run_ranks(fit_unequal, 2, timeout=60)
     assert str(error.value).count("rank 0 has 4 and rank 1 has 6: only rank 1 has layers.2.weight (4, 4)") == 2

@@ -27,9 +27,8 @@ from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
 from lightning_namo.sharding.local import local_tensor
 from tests.helpers.launch import run_ranks
+from tests.helpers.paths import CONFIGS
 from tests.helpers.worker import clean
-
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 STEPS, BATCH = 6, 8  # sequences of 32 tokens in a global batch
 LAYER = {
@@ -55,7 +54,7 @@ FEW = json.dumps(  # a token at a time takes most of a run where several process
         {"class_path": "lightning_namo.gpt2.summary.RunSummary", "init_args": {"sample_tokens": 4}},
     ]
 )
-ON_CPU = "--trainer.strategy.class_path=tests.distributed.test_strategies.CPUFSDPStrategy"
+ON_CPU = "--trainer.strategy.class_path=tests.helpers.strategies.CPUFSDPStrategy"
 ONE_FILE = "--trainer.strategy.save_distributed_checkpoint=false"
 CHECKPOINTING, COMPILE = "--model.activation_checkpointing=true", "--model.compile=true"
 SAVE = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.every_n_train_steps={STEPS}"]  # else each step
@@ -119,7 +118,7 @@ CASES = {
 }
 
 
-class Recorder(pl.Callback):
+class LayoutRecorder(pl.Callback):
     """Keeps how the network was laid out in the last run of this process."""
 
     last: dict[str, Any]
@@ -130,7 +129,7 @@ class Recorder(pl.Callback):
         blocks = [getattr(block, "_fsdp_wrapped_module", block) for block in net.transformer["h"]]
         parameters = {clean(name): local_tensor(parameter) for name, parameter in net.named_parameters()}
         policies = [unit._get_fsdp_state()._mp_policy for unit in units if isinstance(unit, FSDPModule)]
-        Recorder.last = {
+        LayoutRecorder.last = {
             "names": list(parameters),
             "local": tuple(parameters["transformer.h.0.attn.c_attn.weight"].shape),
             "units": len(units),
@@ -159,8 +158,8 @@ def train(rank: int, folder: str, names: list[str]) -> dict[str, dict[str, Any]]
     with mock.patch.object(nn.Module, "compile", quick):
         for name in names:
             torch._dynamo.reset()  # of networks of earlier cases
-            main([*command(name), f"--trainer.callbacks+={__name__}.Recorder"])
-            facts[name] = Recorder.last
+            main([*command(name), f"--trainer.callbacks+={__name__}.LayoutRecorder"])
+            facts[name] = LayoutRecorder.last
     return facts
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.amp import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import AdamW
@@ -26,15 +25,11 @@ from torch.optim import AdamW
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
 from tests.helpers.launch import WorkerError, run_ranks
 from tests.helpers.layouts import LAYOUTS, prescribed_gradients
-from tests.helpers.worker import clean, gathered_weights, new_module
+from tests.helpers.worker import clean, gathered_weights, local, new_module
 
 OPTIMIZERS: dict[str, Any] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon, "AdamW": AdamW}
 SCALERS = {"GradScaler": GradScaler, "ShardedGradScaler": ShardedGradScaler}
 STEPS, POISONED = 4, 2
-
-
-def local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 def train(layout: str, cls: str, scaler: str, victim: str, poison: bool) -> dict[str, Any]:

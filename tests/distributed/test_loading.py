@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS, Even, prescribed_gradients
-from tests.helpers.worker import gathered_weights, new_module, relative_error
+from tests.helpers.worker import gathered_weights, local, new_module, relative_error
 
 OPTIMIZERS: dict[str, Any] = {"NAMO": NAMO, "NAMOD": NAMOD, "AdaMuon": AdaMuon}
 TARGETS = ["ddp", "fsdp1", "fsdp2-even", "fsdp2-shard1", "hsdp", "tp", "fsdp2+tp"]
@@ -43,10 +43,6 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> 
         optimizer.zero_grad()
         module(prescribed_gradients(plain, step)).backward()
         optimizer.step()
-
-
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def saved_state(layout: str, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -20,14 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
 from tests.helpers.launch import WorkerError, run_ranks
+from tests.helpers.layouts import shard_children
+from tests.helpers.worker import local
 
 OPTIMIZERS = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd"}
 Wrap = Callable[[nn.Module], nn.Module]
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def new_module(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -45,24 +43,22 @@ def plain(module: nn.Module) -> nn.Module:
 
 def hsdp(module: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("replicate", "shard"))
-    for child in module.children():
-        fully_shard(child, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    return shard_children(module, mesh)
 
 
 def set_gradients(module: nn.Module, seed: int = 0) -> None:
     """The same on all ranks that hold the same part."""
     for index, parameter in enumerate(module.parameters()):
-        local = _local(parameter.detach())
+        part = local(parameter.detach())
         shard = dist.get_rank() % 2 if isinstance(parameter, DTensor) else 0
         generator = torch.Generator().manual_seed(1000 * seed + 10 * index + shard)
-        grad = torch.randn(local.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        grad = torch.randn(part.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
         parameter.grad = torch.zeros_like(parameter)
-        _local(parameter.grad).copy_(grad)
+        local(parameter.grad).copy_(grad)
 
 
 def weights(module: nn.Module) -> list[Tensor]:
-    return [_local(parameter.detach()).clone() for parameter in module.parameters()]
+    return [local(parameter.detach()).clone() for parameter in module.parameters()]
 
 
 def message(step: Callable[[], Any]) -> str:
@@ -127,8 +123,8 @@ def spoil_weights(rank: int, wrap: Wrap) -> dict[str, tuple[str, bool]]:
         module = wrap(new_module())
         if spoiled != "none" and rank == dist.get_world_size() - 1:
             with torch.no_grad():
-                local = _local(module.get_parameter(spoiled))
-                local.copy_(local.flip(0))
+                part = local(module.get_parameter(spoiled))
+                part.copy_(part.flip(0))
         optimizer = build_optimizer(module, NAMO, **HYPER)
         set_gradients(module)
         answers[spoiled] = stepped(optimizer, module)
@@ -158,7 +154,7 @@ def feed_differently(rank: int, wrap: Wrap) -> dict[Any, tuple[str, bool]]:
             for step in range(2):
                 set_gradients(module, step)
                 if step and rank == dist.get_world_size() - 1:
-                    _local(module.get_parameter(spoiled).grad).mul_(factor)
+                    local(module.get_parameter(spoiled).grad).mul_(factor)
                 answers[name, spoiled, factor] = stepped(optimizer, module)
     return answers
 

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.job import AT, CONFIGS, ROOT, SMALL, STEPS, Ended, finish, losses
+from tests.helpers.job import AT, SMALL_JOB, STEPS, Ended, finish, losses
 from tests.helpers.launch import free_port
+from tests.helpers.paths import CONFIGS, ROOT
 
 BIN = Path(sys.executable).parent
 SCRIPT = ROOT / "examples" / "slurm" / "gpt2.sbatch"
@@ -43,13 +44,13 @@ if [ "$1 $2" = "show hostnames" ]; then printf '127.0.0.1\\n127.0.0.1\\n'; else 
 """
 # What makes the recipe that of the uninterrupted run.
 LAYER = {
-    "model": {"init_args": SMALL["model"]["init_args"] | {"vocab_size": 4096, "block_size": 32}},
+    "model": {"init_args": SMALL_JOB["model"]["init_args"] | {"vocab_size": 4096, "block_size": 32}},
     "data": {
-        "init_args": SMALL["data"]["init_args"]
+        "init_args": SMALL_JOB["data"]["init_args"]
         | {"data_dir": None, "vocab_size": None, "global_batch_size": 8, "num_workers": 0}
     },
     "optim": {"schedule": {"init_args": {"warmup": 0.05, "decay": 0.3}}},
-    "trainer": SMALL["trainer"] | {"precision": "32-true", "enable_progress_bar": True},
+    "trainer": SMALL_JOB["trainer"] | {"precision": "32-true", "enable_progress_bar": True},
 }
 
 

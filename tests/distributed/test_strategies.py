@@ -4,119 +4,32 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy as FabricModelParallelStrategy
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, NAMOD, OptimizerCallback, WarmupStableDecay, build_optimizer, optimize_with
+from tests.helpers import toy
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.worker import clean, relative_error, whole
+from tests.helpers.strategies import EXACT_HYPER, STRATEGIES, Regression, RegressionNet, fsdp2
+from tests.helpers.worker import gathered_weights, relative_error, whole
 
-HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
 SCHEDULE = WarmupStableDecay(warmup=2, decay=2, total_steps=6)
 
 
-class Regression(Dataset[tuple[Tensor, Tensor]]):
-    """The same 48 samples everywhere."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(48, 6, generator=generator, dtype=torch.float64)
-        self.y = torch.randn(48, 3, generator=generator, dtype=torch.float64)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.x[index], self.y[index]
-
-
-class Net(pl.LightningModule):
-    """Two hidden layers; ``shard`` says how `configure_model` distributes them."""
-
-    def __init__(self, shard: Callable[[pl.LightningModule, DeviceMesh], None] | None = None) -> None:
-        super().__init__()
-        self.up: nn.Linear | None = None
-        self.shard = shard
-
-    def configure_model(self) -> None:
-        if self.up is None:
-            torch.manual_seed(0)
-            self.up, self.norm = nn.Linear(6, 13).double(), nn.LayerNorm(13).double()
-            self.mid, self.down = nn.Linear(13, 10).double(), nn.Linear(10, 3).double()
-            if self.shard is not None:
-                self.shard(self, self.device_mesh)
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
-        hidden = self.norm(torch.tanh(self.up(x)))
-        return nn.functional.mse_loss(self.down(torch.tanh(self.mid(hidden))), y)
-
-
-class WithTheLine(Net):
+class WithTheLine(RegressionNet):
     """The same with the one line in its body."""
 
-    configure_optimizers = optimize_with(NAMOD, schedule=SCHEDULE, **HYPER)
+    configure_optimizers = optimize_with(NAMOD, schedule=SCHEDULE, **EXACT_HYPER)
 
 
-class CPUFSDPStrategy(FSDPStrategy):
-    """FSDP1 refuses the CPU unless told that it is the device; all else is Lightning's."""
-
-    def _setup_model(self, model: nn.Module) -> FSDP:
-        self.kwargs.setdefault("use_orig_params", True)
-        return FSDP(module=model, device_id=torch.device("cpu"), **self.kwargs)
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu")
-
-
-def _fsdp2(module: Net, mesh: DeviceMesh) -> None:
-    for child in module.children():
-        fully_shard(child, mesh=mesh["data_parallel"])
-    fully_shard(module, mesh=mesh["data_parallel"])
-
-
-def _tp(module: Net, mesh: DeviceMesh) -> None:
-    parallelize_module(module, mesh["tensor_parallel"], {"mid": ColwiseParallel(), "down": RowwiseParallel()})
-
-
-def _fsdp2_tp(module: Net, mesh: DeviceMesh) -> None:
-    _tp(module, mesh)
-    _fsdp2(module, mesh)
-
-
-def _hsdp(module: Net, mesh: DeviceMesh) -> None:
-    shards = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    for child in module.children():
-        fully_shard(child, mesh=shards)
-    fully_shard(module, mesh=shards)
-
-
-STRATEGIES: dict[str, tuple[int, Callable[[], str | Strategy], Any]] = {  # processes, strategy, what shards the module
-    "ddp": (2, lambda: "ddp", None),
-    "fsdp1": (2, CPUFSDPStrategy, None),
-    "fsdp2": (2, lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1), _fsdp2),
-    "tp": (2, lambda: ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=2), _tp),
-    "fsdp2+tp": (4, lambda: ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=2), _fsdp2_tp),
-    "hsdp": (4, lambda: ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1), _hsdp),
-}
-OF_DEVICES = [  # tests on four devices are slow
-    pytest.param(name, marks=pytest.mark.slow) if devices > 2 else name for name, (devices, *_) in STRATEGIES.items()
-]
 CLIPPED = ("ddp", "fsdp2")  # where Lightning itself clips by norm
 
 
@@ -124,22 +37,15 @@ def fit(
     strategy: str | Strategy, devices: int, shares: int, shard: Any, callback: bool, clip: bool
 ) -> dict[str, Tensor]:
     """Train 6 steps of 2 accumulated batches of 4 samples in all, divided over ``shares`` data-parallel ranks."""
-    module = Net(shard) if callback else WithTheLine(shard)
-    callbacks: list[pl.Callback] = []
-    if callback:
-        callbacks.append(OptimizerCallback(functools.partial(NAMOD, **HYPER), schedule=SCHEDULE))
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    module = RegressionNet(shard) if callback else WithTheLine(shard)
+    callbacks = [OptimizerCallback(functools.partial(NAMOD, **EXACT_HYPER), schedule=SCHEDULE)] if callback else []
+    trainer = toy.trainer(
+        *callbacks,
         devices=devices,
         strategy=strategy,
         max_steps=6,
         accumulate_grad_batches=2,
         gradient_clip_val=0.1 if clip else None,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     data = Regression()
@@ -150,11 +56,7 @@ def fit(
         trainer.fit(module, DataLoader(data, batch_size=4 // shares, sampler=order))
     else:
         trainer.fit(module, DataLoader(data, batch_size=4))
-    root = trainer.strategy.model
-    if isinstance(root, FSDP):
-        with FSDP.summon_full_params(root, writeback=False):
-            return {clean(n).removeprefix("_forward_module."): p.detach().clone() for n, p in root.named_parameters()}
-    return {name: whole(parameter).clone() for name, parameter in module.named_parameters()}
+    return gathered_weights(trainer.strategy.model)
 
 
 def fit_cases(rank: int, names: list[str]) -> dict[Any, dict[str, Tensor]]:
@@ -201,13 +103,8 @@ def test_a_strategy_trains_as_one_device_does(strategy: str, callback: bool, cli
 
 
 def fabric_fsdp2(rank: int, right_order: bool) -> bool:
-    def parallelize(module: nn.Module, mesh: DeviceMesh) -> nn.Module:
-        for child in module:
-            fully_shard(child, mesh=mesh["data_parallel"])
-        return fully_shard(module, mesh=mesh["data_parallel"])
-
     os.environ.update(NODE_RANK="0")
-    fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricModelParallelStrategy(parallelize_fn=parallelize))
+    fabric = Fabric(accelerator="cpu", devices=2, strategy=FabricModelParallelStrategy(parallelize_fn=fsdp2))
     fabric.launch()
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 4))

@@ -20,13 +20,13 @@ from torch.optim import AdamW
 from torch.utils.data import DataLoader, Subset
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, build_optimizer
-from tests.distributed.test_strategies import Net, Regression
+from tests.helpers import toy
 from tests.helpers.launch import run_ranks
+from tests.helpers.strategies import EXACT_HYPER, Regression, RegressionNet
 from tests.helpers.worker import relative_error
 
-EXACT: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    **{cls.__name__: functools.partial(cls, **EXACT) for cls in (NAMO, NAMOD, Muon, AdaMuon)},
+    **{cls.__name__: functools.partial(cls, **EXACT_HYPER) for cls in (NAMO, NAMOD, Muon, AdaMuon)},
     "AdamW": functools.partial(AdamW, lr=0.02),
 }
 ACCUMULATED, STEPS = 3, 4
@@ -108,18 +108,17 @@ class Trained(pl.Callback):
 
 def averaged_run(name: str, share: int, shares: int, folder: Path | None, resume: Path | None) -> tuple[Any, Any]:
     """Weights as trained, and their average, after six steps."""
-    trained, module = Trained(), Net()
+    trained, module = Trained(), RegressionNet()
     saving = [] if folder is None else [ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)]
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = toy.trainer(
+        OptimizerCallback(OPTIMIZERS[name]),
+        trained,
+        EMAWeightAveraging(decay=0.6),
+        *saving,
         devices=shares,
         strategy="ddp" if shares > 1 else "auto",
         max_epochs=3,
-        callbacks=[OptimizerCallback(OPTIMIZERS[name]), trained, EMAWeightAveraging(decay=0.6), *saving],
-        logger=False,
         enable_checkpointing=bool(saving),
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     rows = [i for i in range(16) if i % shares == share]  # two batches of eight an epoch

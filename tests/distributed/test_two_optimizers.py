@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from pathlib import Path
@@ -12,16 +11,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, NAMOD, build_optimizer
-from tests.distributed.test_checkpoints import PLACES, readable
+from tests.helpers import toy
 from tests.helpers.launch import run_ranks
-from tests.helpers.worker import clean, relative_error, whole
+from tests.helpers.resuming import PLACES, readable
+from tests.helpers.strategies import EXACT_HYPER
+from tests.helpers.worker import gathered_weights, relative_error
 
 STEPS, SAVED_AT = 4, 2  # of both optimizers together: Lightning counts each
-HYPER: dict[str, Any] = {"lr": 0.02, "orthogonalizer": "svd", "adamw_lr": 0.005}
 PLAIN, SHARDED = ("single", "ddp 2"), ("fsdp2 2", "fsdp2 2 sharded")
 TO = (*PLAIN, "fsdp2 2")
 
@@ -45,7 +44,10 @@ class Pair(pl.LightningModule):
                 self.shard(self, self.device_mesh)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        return [build_optimizer(self.generator, NAMO, **HYPER), build_optimizer(self.critic, NAMOD, **HYPER)]
+        return [
+            build_optimizer(self.generator, NAMO, **EXACT_HYPER),
+            build_optimizer(self.critic, NAMOD, **EXACT_HYPER),
+        ]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
         generator = torch.Generator().manual_seed(self.trainer.global_step // 2)
@@ -66,16 +68,12 @@ def fit(place: str, folder: str, resume: str | None) -> dict[str, Tensor] | str:
         folder, filename=f"{place}-{{step}}", every_n_train_steps=2 * SAVED_AT, save_top_k=-1
     )
     module = Pair(shard)
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = toy.trainer(
+        *([] if resume else [saver]),
         devices=devices,
         strategy=strategy(),
         max_steps=2 * STEPS,
-        callbacks=[] if resume else [saver],
         enable_checkpointing=not resume,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
     )
     try:
@@ -84,12 +82,10 @@ def fit(place: str, folder: str, resume: str | None) -> dict[str, Tensor] | str:
         )
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    root = trainer.strategy.model
-    with FSDP.summon_full_params(root, writeback=False) if isinstance(root, FSDP) else contextlib.nullcontext():
-        return {clean(name): whole(parameter).clone() for name, parameter in module.named_parameters()}
+    return gathered_weights(trainer.strategy.model)
 
 
-def run_cases(rank: int, cases: list[tuple[str, str | None]], folder: str) -> dict[Any, Any]:
+def run_pairs(rank: int, cases: list[tuple[str, str | None]], folder: str) -> dict[Any, Any]:
     os.environ.update(NODE_RANK="0")
     return {case: fit(case[0], folder, case[1]) for case in cases}
 
@@ -102,7 +98,7 @@ def answers(folder: str) -> dict[Any, Any]:
         for world in (1, 2):
             places = [place for place in (*PLAIN, *SHARDED) if PLACES[place][0] == world]
             cases = [(p, s) for p in places for s in sources if s is None or (p in TO and readable(s, p))]
-            found |= run_ranks(run_cases, world, cases, folder)[0]
+            found |= run_ranks(run_pairs, world, cases, folder)[0]
     return found
 
 

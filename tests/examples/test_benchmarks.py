@@ -12,10 +12,11 @@ import pytest
 from matplotlib.image import imread
 
 from tests.helpers.forked import run_python
+from tests.helpers.paths import ROOT
 
 pytestmark = pytest.mark.slow
 
-BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
+BENCHMARKS = ROOT / "examples" / "benchmarks"
 SMALL = ["--blocks", "1", "--width", "64", "--rounds", "2", "--threads", "1", "--csv", "out.csv", "--figure", "out.png"]
 
 OTHERS = """

@@ -9,8 +9,9 @@ import pytest
 
 from tests.helpers.forked import run_python
 from tests.helpers.launch import free_port
+from tests.helpers.paths import ROOT
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = ROOT / "examples"
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port())]
 TORCHRUN += ["--start_method=fork", "--run_path"]  # ranks find imported what torchrun has, which spares seconds each
 

@@ -28,11 +28,10 @@ import lightning.pytorch as pl
 import torch
 
 from tests.helpers.launch import free_port, serve
+from tests.helpers.paths import CONFIGS, ROOT
 
-ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "configs"
 STEPS, EVERY = 8, 2  # a checkpoint every two steps
-SMALL: dict[str, Any] = {
+SMALL_JOB: dict[str, Any] = {
     "model": {"init_args": {"n_layer": 2, "n_head": 4, "n_embd": 32}},
     "data": {"init_args": {"batch_size": 4, "block_size": 32}},
     "trainer": {
@@ -78,12 +77,12 @@ def command(strategy: str, nodes: int, devices: int, fault: str | None, options:
         callbacks.append({"class_path": f"{__name__}.{fault}"})
     trainer = {"callbacks": callbacks, "num_nodes": nodes, "devices": devices}
     layers = [CONFIGS / "quickstart.yaml", CONFIGS / "strategy" / f"{strategy}.yaml"]
-    layers += [json.dumps(SMALL | {"trainer": SMALL["trainer"] | trainer})]
+    layers += [json.dumps(SMALL_JOB | {"trainer": SMALL_JOB["trainer"] | trainer})]
     configs = [f"--config={layer}" for layer in layers]
     return ["fit", *configs, *options]
 
 
-def run_ranks(
+def run_job(
     folder: Path, *options: str, strategy: str = "ddp", devices: int = 2, fault: str | None = None
 ) -> list[Ended]:
     """A process for each rank, as a scheduler starts them; the ranks in order."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -84,6 +84,13 @@ def prescribed_gradients(module: nn.Module, step: int) -> dict[str, dict[str, Te
     }
 
 
+def shard_children(module: nn.Module, mesh: DeviceMesh | None = None, **options: Any) -> nn.Module:
+    """FSDP2 with a unit for every child and one for the rest."""
+    for child in module.children():
+        fully_shard(child, mesh=mesh, **options)
+    return fully_shard(module, mesh=mesh, **options)
+
+
 def _ddp(module: nn.Module) -> nn.Module:
     return DistributedDataParallel(module)
 
@@ -96,9 +103,7 @@ def _fsdp1(module: nn.Module) -> nn.Module:
 
 def _fsdp2(module: nn.Module) -> nn.Module:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for child in module.children():
-        fully_shard(child, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    return shard_children(module, mesh)
 
 
 def _fsdp2_shard1(module: nn.Module) -> nn.Module:
@@ -107,21 +112,17 @@ def _fsdp2_shard1(module: nn.Module) -> nn.Module:
     def placement(parameter: nn.Parameter) -> Shard | None:
         return Shard(1) if parameter.dim() > 1 else None
 
-    for child in module.children():
-        fully_shard(child, mesh=mesh, shard_placement_fn=placement)
-    return fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    return shard_children(module, mesh, shard_placement_fn=placement)
 
 
 def _hsdp(module: nn.Module) -> nn.Module:
     world_size = dist.get_world_size()
     shards = 2 if world_size % 2 == 0 else 1
     mesh = init_device_mesh("cpu", (world_size // shards, shards), mesh_dim_names=("replicate", "shard"))
-    for child in module.children():
-        fully_shard(child, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    return shard_children(module, mesh)
 
 
-def _tensor_parallel(module: nn.Module, mesh: object) -> None:
+def _tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
     """Rows of the tall and the fused layer, columns of the wide ones; norms, convolutions and embeddings stay whole."""
     plan = {"tall": ColwiseParallel, "fused": ColwiseParallel, "wide": RowwiseParallel, "few": RowwiseParallel}
     for name, style in plan.items():
@@ -139,9 +140,7 @@ def _fsdp2_tp(module: nn.Module) -> nn.Module:
     tp = 2 if world_size % 2 == 0 else 1
     mesh = init_device_mesh("cpu", (world_size // tp, tp), mesh_dim_names=("dp", "tp"))
     _tensor_parallel(module, mesh["tp"])
-    for child in module.children():
-        fully_shard(child, mesh=mesh["dp"])
-    return fully_shard(module, mesh=mesh["dp"])
+    return shard_children(module, mesh["dp"])
 
 
 LAYOUTS: dict[str, tuple[type[Odd], Callable[[nn.Module], nn.Module]]] = {

@@ -9,7 +9,6 @@ import torch.utils.tensorboard
 
 import lightning_namo.cli
 import lightning_namo.gpt2.summary
-from tests.distributed import test_checkpoints
-from tests.helpers import job, layouts, worker
+from tests.helpers import job, layouts, resuming, worker
 
 gc.freeze()  # what is here stays: no child's collector goes through it

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 torch.set_num_threads(1)  # the matrices of these tests are small: threads would only wait for one another
 
 BATCHES, BATCH_SIZE = 6, 4
+HYPER = {"lr": 0.02, "adamw_lr": 0.005, "weight_decay": 0.2}
 
 
 def batches(poisoned: tuple[int, ...] = ()) -> list[tuple[Tensor, Tensor]]:
@@ -55,6 +56,13 @@ class Net(pl.LightningModule):
 
     def val_dataloader(self) -> DataLoader:
         return self.train_dataloader()
+
+
+class SgdNet(Net):
+    """The same with an optimizer of its own."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
 class Resumable:
@@ -111,3 +119,15 @@ def assert_same(actual: object, expected: object) -> None:
         actual, expected = actual.state_dict(), expected.state_dict()
         assert actual.pop("param_groups") == expected.pop("param_groups")
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def train_plainly(module: Net, optimizer: torch.optim.Optimizer, epochs: int = 2) -> Net:
+    for batch in batches() * epochs:
+        optimizer.zero_grad()
+        module.loss(batch).backward()
+        optimizer.step()
+    return module
+
+
+def net_with(configure: object) -> Net:
+    return type("Configured", (Net,), {"configure_optimizers": configure})()

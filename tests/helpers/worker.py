@@ -72,7 +72,7 @@ def new_module(kind: type[Odd], dtype: torch.dtype) -> Odd:
 
 
 def clean(name: str) -> str:
-    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.").removeprefix("_forward_module.")
 
 
 def train(

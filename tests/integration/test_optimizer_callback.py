@@ -13,33 +13,16 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_namo import (
-    NAMO,
-    NAMOD,
-    AdaMuon,
-    Muon,
-    OptimizerCallback,
-    WarmupStableDecay,
-    build_optimizer,
-    optimize_with,
-)
-from tests.helpers.toy import BATCHES, Net, assert_same, batches, checkpoints, fit, trainer
+from lightning_namo import NAMO, NAMOD, OptimizerCallback, WarmupStableDecay, build_optimizer, optimize_with
+from tests.helpers.optimizers import all_optimizers
+from tests.helpers.toy import BATCHES, HYPER, Net, SgdNet, assert_same, batches, checkpoints, fit, trainer
 
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
-HYPER = {"lr": 0.02, "adamw_lr": 0.005, "weight_decay": 0.2}
 REPLACES = "OptimizerCallback replaces the configure_optimizers"
 NOT_FINITE = "their gradients were not finite"
-
-all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS)
 
 
 class NamoNet(Net):
     configure_optimizers = optimize_with(NAMO, **HYPER)
-
-
-class SgdNet(Net):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
 def namo() -> OptimizerCallback:
@@ -234,7 +217,7 @@ def test_a_copy_of_the_callback_trains_alike(copied):
 # --- the Trainer's options ------------------------------------------------------------------------
 
 
-def train_plainly(module: Net, *, accumulate: int = 1, clip: object = None, autocast: bool = False) -> Net:
+def train_with_options(module: Net, *, accumulate: int = 1, clip: object = None, autocast: bool = False) -> Net:
     """What the Trainer is to do in two epochs, by hand."""
     optimizer = build_optimizer(module, NAMO, **HYPER)
     for number, batch in enumerate(batches() * 2, start=1):
@@ -265,7 +248,7 @@ OPTIONS = {
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_of_the_trainer_trains_as_done_by_hand(option):
     options, by_hand = OPTIONS[option]
-    module, expected, without = Net(), train_plainly(Net(), **by_hand), train_plainly(Net())
+    module, expected, without = Net(), train_with_options(Net(), **by_hand), train_with_options(Net())
     fit(module, namo(), **options)
     assert_same(module, expected)
     assert not torch.equal(expected.head.weight, without.head.weight)
@@ -274,7 +257,7 @@ def test_an_option_of_the_trainer_trains_as_done_by_hand(option):
 def test_bf16_true_trains_as_done_by_hand_and_keeps_float32_statistics():
     module = Net()
     optimizer = fit(module, namo(), precision="bf16-true").optimizers[0]
-    assert_same(module, train_plainly(Net().bfloat16()))
+    assert_same(module, train_with_options(Net().bfloat16()))
     assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
     statistics = [state[key] for state in optimizer.state.values() for key in ("step", "v") if key in state]
     assert {statistic.dtype for statistic in statistics} == {torch.float32}

@@ -26,9 +26,21 @@ from lightning_namo import (
     build_optimizer,
     optimize_with,
 )
-from tests.helpers.toy import BATCH_SIZE, BATCHES, Net, Resumable, assert_same, batches, checkpoints, fit, trainer
+from tests.helpers.toy import (
+    BATCH_SIZE,
+    BATCHES,
+    HYPER,
+    Net,
+    Resumable,
+    assert_same,
+    batches,
+    checkpoints,
+    fit,
+    net_with,
+    train_plainly,
+    trainer,
+)
 
-HYPER = {"lr": 0.02, "adamw_lr": 0.005, "weight_decay": 0.2}
 OURS = {cls.__name__: partial(cls, **HYPER) for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 ALL = {**OURS, "AdamW": partial(AdamW, lr=0.02)}
 every_optimizer = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
@@ -213,17 +225,14 @@ def test_accumulated_batches_train_as_one_large_batch(make, accumulated: int) ->
 def configured(make: Callable[..., Optimizer], how: str) -> tuple[Net, list[pl.Callback]]:
     if how == "callback":
         return Net(), [OptimizerCallback(make)]
-    return type("Configured", (Net,), {"configure_optimizers": optimize_with(make)})(), []
+    return net_with(optimize_with(make)), []
 
 
 def by_hand(net: Net, make: Callable[..., Optimizer], *epochs: int) -> tuple[Net, Optimizer]:
     """Train by a plain loop, with a new optimizer for every number of epochs."""
     for count in epochs:
         optimizer = build_optimizer(net, make)
-        for batch in batches() * count:
-            optimizer.zero_grad()
-            net.loss(batch).backward()
-            optimizer.step()
+        train_plainly(net, optimizer, count)
     return net, optimizer
 
 

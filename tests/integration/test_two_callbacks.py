@@ -7,17 +7,11 @@ from functools import partial
 
 import lightning.pytorch as pl
 import pytest
-import torch
 
 from lightning_namo import NAMO, Muon, OptimizerCallback
-from tests.helpers.toy import Net, assert_same, fit
+from tests.helpers.toy import Net, SgdNet, assert_same, fit
 
 REPLACES = "replaces another OptimizerCallback"
-
-
-class SgdNet(Net):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
 def namo() -> OptimizerCallback:

@@ -15,12 +15,11 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, SingleDeviceStrategy
 from torch import nn
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, build_optimizer, clip_gradients, optimize_with
+from lightning_namo import NAMO, OptimizerCallback, build_optimizer, clip_gradients, optimize_with
+from tests.helpers.optimizers import all_optimizers
 from tests.helpers.toy import Net, fit, trainer
 
 CPU = torch.device("cpu")
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
-all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS)
 
 
 def ways(cls: type) -> str:

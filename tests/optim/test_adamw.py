@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
+from math import inf
 from typing import Any
 
 import pytest
@@ -11,6 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_namo import NAMO
+from tests.helpers.optimizers import all_optimizers, parameter, run, set_gradients, snapshot
+from tests.helpers.toy import assert_same
+from tests.helpers.trajectories import RULES, problem
+from tests.reference import drive
 
 HYPER = {"lr": 0.05, "weight_decay": 0.1, "betas": (0.8, 0.9), "eps": 1e-6}
 
@@ -232,16 +238,16 @@ def test_a_device_without_the_fused_kernel_trains_alike_and_is_guarded(
 ) -> None:
     fused, other = nn.Parameter(make()), nn.Parameter(make())
     answers = []
-    for parameter in (fused, other):
-        if parameter is other:
+    for p in (fused, other):
+        if p is other:
             monkeypatch.setattr("lightning_namo.optim.adamw._get_fused_kernels_supported_devices", list)
-        optimizer = ours([parameter])
+        optimizer = ours([p])
         for step in range(3):
-            parameter.grad = randn(*parameter.shape, seed=step, dtype=parameter.dtype)
+            p.grad = randn(*p.shape, seed=step, dtype=p.dtype)
             if step == 1:
-                parameter.grad[0, 0] = torch.nan
+                p.grad[0, 0] = torch.nan
             optimizer.step()
-        answers.append((parameter.detach(), dict(optimizer.state[parameter]), optimizer.skipped_steps()))
+        answers.append((p.detach(), dict(optimizer.state[p]), optimizer.skipped_steps()))
     torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-6)
     assert answers[0][2] == 1
     assert answers[0][1]["step"] == 2
@@ -254,3 +260,90 @@ def test_a_complex_gradient_as_large_as_its_dtype_allows_is_finite() -> None:
     optimizer.step()
     assert optimizer.skipped_steps() == 0
     assert optimizer.state[parameter]["step"] == 1
+
+
+ADAMW = {"lr": 0.02, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+
+
+@all_optimizers
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64])
+def test_adamw_groups_run_torchs_adamw(cls, dtype):
+    shapes = [(5,), (), (3, 4), (2, 3, 4)]
+    ours, theirs = ([parameter(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)] for _ in range(2))
+    optimizer = cls(
+        [{"params": [parameter(3, 3)]}, {"params": ours, "orthogonalize": False}],
+        **{f"adamw_{key}": value for key, value in ADAMW.items()},
+    )
+    reference = torch.optim.AdamW(theirs, fused=dtype != torch.complex64, **ADAMW)
+    for step in range(3):
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = randn(*a.shape, seed=10 * step + index, dtype=dtype)
+            b.grad = a.grad.clone()
+        optimizer.step()
+        reference.step()
+    exact = 0 if dtype != torch.complex64 else 1e-6  # ours is fused, in real numbers; torch's is not
+    torch.testing.assert_close(ours, theirs, rtol=exact, atol=exact)
+
+
+@pytest.mark.parametrize("key", ["lr", "weight_decay", "eps", "betas"])
+def test_an_adamw_group_takes_torchs_keys(key):
+    ours, theirs = parameter(5), parameter(5)
+    optimizer = NAMO(
+        [{"params": [parameter(3, 3)]}, {"params": [ours], "orthogonalize": False, key: ADAMW[key]}], adamw_lr=0.1
+    )
+    defaults = {"lr": 0.1, "weight_decay": 0.0, "eps": 1e-8, "betas": (0.9, 0.95)}
+    reference = torch.optim.AdamW([theirs], fused=True, **defaults | {key: ADAMW[key]})
+    for seed in (1, 2, 3):
+        ours.grad = theirs.grad = randn(5, seed=seed)
+        optimizer.step()
+        reference.step()
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_large_finite_adamw_gradient_is_not_taken_for_infinite(dtype):
+    table, matrix = parameter(500, 64, dtype=dtype), parameter(4, 4)
+    optimizer = NAMO([{"params": [matrix]}, {"params": [table], "orthogonalize": False}])
+    table.grad, before = torch.full_like(table, 6e4), table.detach().clone()
+    optimizer.step()
+    assert optimizer.skipped_steps() == 0
+    assert not torch.equal(table, before)
+
+
+@all_optimizers
+def test_an_adamw_group_is_left_alone_as_a_whole(cls):
+    pair = [parameter(5), parameter(3, seed=1)]
+    optimizer = cls([{"params": [parameter(6, 4)]}, {"params": pair, "orthogonalize": False}])
+    run(optimizer, 0)
+    before = [snapshot(optimizer, p) for p in pair]
+    set_gradients(optimizer, 1)
+    pair[0].grad[0] = inf
+    optimizer.step()
+    assert_same([snapshot(optimizer, p) for p in pair], before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("cls", RULES)
+def test_an_adamw_group_is_bitwise_torch_optim_adamw(cls, dtype):
+    hyper = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.05}
+    W, gradients = problem(7, 5, dtype=dtype)
+    expected = drive(torch.optim.AdamW, W, gradients, fused=True, **hyper)
+    hyper = {f"adamw_{name}": value for name, value in hyper.items()}
+    actual = drive(partial(adamw_group, cls), W, gradients, **hyper)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("cls", RULES)
+def test_an_adamw_group_shares_the_learning_rate_by_default(cls):
+    W, gradients = problem(7, 5, dtype=torch.float32)
+    expected = drive(
+        torch.optim.AdamW, W, gradients, fused=True, lr=0.007, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    for ours, theirs in zip(drive(partial(adamw_group, cls), W, gradients, lr=0.007), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def adamw_group(cls, params, **hyper):
+    matrix = torch.nn.Parameter(torch.ones(2, 2))
+    return cls([{"params": [matrix]}, {"params": params, "orthogonalize": False}], **hyper)

@@ -24,8 +24,9 @@ from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.iteration import iterating_in
+from tests.helpers.paths import ROOT
 
-HELD = Path(__file__).parents[2] / "tests" / "data" / "counts.json"
+HELD = ROOT / "tests" / "data" / "counts.json"
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 NO_KERNELS = {"empty", "promote_types", "_record_function_enter_new", "_record_function_exit"}
 OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]

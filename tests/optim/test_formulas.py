@@ -1,92 +1,14 @@
-"""The optimizers against oracles that share no code with them: reference.py, and torch's Muon and AdamW."""
+"""All four optimizers against an oracle that shares no code with them: reference.py."""
 
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon
 from tests import reference
-from tests.helpers.iteration import iterating_in
+from tests.helpers.trajectories import CONVERGENT, QUINTIC, RULES, assert_trajectories_agree, package, problem
 from tests.reference import PAPER, drive
-
-RULES = {NAMO: reference.namo, NAMOD: reference.namo_d, Muon: reference.muon, AdaMuon: reference.adamuon}
-OURS = {"eta": "lr", "lam": "weight_decay", "mu1": "momentum", "mu2": "beta2", "beta": "beta2", "c": "clamp"}
-
-exact = settings(max_examples=40, deadline=None, derandomize=True)
-
-
-def problem(m, n, steps=5, *, seed=0, dtype=torch.float64):
-    """A weight, and gradients whose columns have magnitudes from 0.1 to 10, other ones at each step."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = partial(torch.randn, generator=generator, dtype=torch.float64)
-    return draw(m, n).to(dtype), [(draw(m, n) * 10 ** draw(n).clamp(-1, 1)).to(dtype) for _ in range(steps)]
-
-
-def assert_trajectories_agree(actual, expected, tolerance=1e-10):
-    for t, (ours, paper) in enumerate(zip(actual, expected, strict=True), start=1):
-        error = (ours - paper).norm() / paper.norm()
-        assert error <= tolerance, f"step {t}: {error:.1e}"
-
-
-def package(cls, W, gradients, **hyper):
-    """The package's weights, with the hyper-parameters by the papers' names and an exact polar factor."""
-    ours = {OURS.get(name, name): value for name, value in hyper.items()}
-    return drive(cls, W, gradients, orthogonalizer="svd", **ours)
-
-
-problems = st.builds(problem, st.integers(1, 7), st.integers(1, 7), st.integers(1, 6), seed=st.integers(0, 2**20))
-muon_hyper = {
-    "eta": st.floats(1e-4, 1.0),
-    "lam": st.floats(0.0, 0.9),
-    "mu1": st.floats(0.0, 0.97),
-    "nesterov": st.booleans(),
-}
-namo_hyper = muon_hyper | {
-    "mu2": st.floats(0.95, 0.999),
-    "eps": st.sampled_from([0.0, 1e-8, 1e-2]),
-    "shape_scale": st.sampled_from([0.2, 0.5, None]),
-    "max_step": st.sampled_from([1.0, 0.05, None]),
-    "decay": st.sampled_from(["adaptive", "lr"]),
-}
-
-
-@exact
-@given(problems, st.fixed_dictionaries(namo_hyper))
-def test_namo_is_algorithm_1(problem, hyper):
-    assert_trajectories_agree(package(NAMO, *problem, **hyper), reference.namo(*problem, **hyper))
-
-
-@exact
-@given(problems, st.fixed_dictionaries(namo_hyper | {"c": st.sampled_from([0.0, 0.01, 0.1, 0.75, 1.0])}))
-def test_namo_d_is_algorithm_2(problem, hyper):
-    assert_trajectories_agree(package(NAMOD, *problem, **hyper), reference.namo_d(*problem, **hyper))
-
-
-@exact
-@given(problems, st.fixed_dictionaries(muon_hyper | {"shape_scale": st.sampled_from([0.2, 0.5, None])}))
-def test_muon_is_its_rule(problem, hyper):
-    assert_trajectories_agree(package(Muon, *problem, **hyper), reference.muon(*problem, **hyper))
-
-
-# Where a polar factor is zero it is rounding noise, which U = O / (sqrt(V) + eps) lifts to 1e-16 / eps.
-@exact
-@given(
-    problems,
-    st.fixed_dictionaries(
-        muon_hyper
-        | {
-            "beta": st.floats(0.5, 0.99),
-            "eps": st.sampled_from([1e-4, 1e-2]),
-            "shape_scale": st.sampled_from([0.2, 1.0]),
-        }
-    ),
-)
-def test_adamuon_is_its_rule(problem, hyper):
-    assert_trajectories_agree(package(AdaMuon, *problem, **hyper), reference.adamuon(*problem, **hyper))
-
 
 # One row of the table paper against code, or another choice, at a time: lr large enough for the caps to bind.
 SWITCHES = [
@@ -212,25 +134,7 @@ def test_a_bfloat16_weight_is_rounded_once_a_step():
     assert (actual - expected).abs().max() < 0.55 * 2**-7
 
 
-# --- torch's own optimizers -----------------------------------------------------------------------
-
-
-QUINTIC = {"ns_coefficients": (3.4445, -4.7750, 2.0315), "ns_steps": 5}  # lifts the rounding of its products
-CONVERGENT = {"ns_coefficients": (1.875, -1.25, 0.375), "ns_steps": 15}  # a fixed point at 1: forgets its rounding
-
-
-@pytest.mark.parametrize(("polynomial", "tolerance"), [(QUINTIC, 5e-2), (CONVERGENT, 2e-2)])
-@pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("shape", [(32, 32), (48, 16), (16, 48), (96, 32), (32, 128), (9, 1), (1, 1)])
-def test_muon_takes_the_steps_of_torch_optim_muon(shape, nesterov, polynomial, tolerance):
-    """In bfloat16, as torch's does: of a 1 x 1 matrix that is 11% off the quintic, which float32 is not."""
-    hyper = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.95, "nesterov": nesterov, **polynomial}
-    W, gradients = problem(*shape, dtype=torch.float32)
-    with iterating_in("bfloat16"):
-        ours = torch.stack([W, *drive(Muon, W, gradients, **hyper)])
-    theirs = torch.stack([W, *drive(torch.optim.Muon, W, gradients, adjust_lr_fn="match_rms_adamw", **hyper)])
-    for actual, expected in zip(ours.diff(dim=0), theirs.diff(dim=0), strict=True):
-        assert (actual - expected).norm() <= tolerance * expected.norm()
+# --- by Newton-Schulz -----------------------------------------------------------------------------
 
 
 def as_sent(polynomial, N):
@@ -253,30 +157,3 @@ def test_steps_by_newton_schulz_are_those_of_its_polynomial(cls, shape, polynomi
     tolerance = 2e-3 if iteration == "float32" else 0.15 if shape == (1, 1) or cls is AdaMuon else 5e-2
     for ours, wanted in zip(actual.diff(dim=0), expected.diff(dim=0), strict=True):
         assert (ours - wanted).norm() <= tolerance * wanted.norm()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("cls", RULES)
-def test_an_adamw_group_is_bitwise_torch_optim_adamw(cls, dtype):
-    hyper = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.05}
-    W, gradients = problem(7, 5, dtype=dtype)
-    expected = drive(torch.optim.AdamW, W, gradients, fused=True, **hyper)
-    hyper = {f"adamw_{name}": value for name, value in hyper.items()}
-    actual = drive(partial(adamw_group, cls), W, gradients, **hyper)
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("cls", RULES)
-def test_an_adamw_group_shares_the_learning_rate_by_default(cls):
-    W, gradients = problem(7, 5, dtype=torch.float32)
-    expected = drive(
-        torch.optim.AdamW, W, gradients, fused=True, lr=0.007, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
-    )
-    for ours, theirs in zip(drive(partial(adamw_group, cls), W, gradients, lr=0.007), expected, strict=True):
-        assert torch.equal(ours, theirs)
-
-
-def adamw_group(cls, params, **hyper):
-    matrix = torch.nn.Parameter(torch.ones(2, 2))
-    return cls([{"params": [matrix]}, {"params": params, "orthogonalize": False}], **hyper)

@@ -4,7 +4,6 @@ import json
 from functools import partial
 from itertools import pairwise
 from math import sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ import torch
 
 from lightning_namo import NAMO, NAMOD, Muon
 from tests import reference
+from tests.helpers.paths import ROOT
 
-GOLDEN = Path(__file__).parents[2] / "tests" / "data" / "golden"
+GOLDEN = ROOT / "tests" / "data" / "golden"
 CASES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
 STEPS = 6
 MATRICES = ["tall", "wide", "square", "column", "conv"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer, split_parameters
 from lightning_namo.types import HalfOpenUnit, NonNegativeFloat, PositiveInt
+from tests.helpers.optimizers import refused
 
 OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
 all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS)
@@ -28,10 +29,6 @@ def matrix_group(**keys: Any) -> dict[str, Any]:
 
 def adamw_group(**keys: Any) -> dict[str, Any]:
     return {"params": [parameter(3)], "orthogonalize": False, **keys}
-
-
-def refused(match: str) -> pytest.RaisesExc:
-    return pytest.raises(ValueError, match=match)
 
 
 NUMBER = [True, "0.1", inf, -inf, nan, -0.5, None, [0.1], torch.ones(2), 1j]

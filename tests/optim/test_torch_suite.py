@@ -20,8 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils.checkpoint import checkpoint
 
 from lightning_namo import NAMO, NAMOD, build_optimizer
-from tests.helpers.toy import assert_same
-from tests.optim.test_engine import (
+from tests.helpers.optimizers import (
     COPIES,
     OPTIMIZERS,
     all_optimizers,
@@ -33,7 +32,8 @@ from tests.optim.test_engine import (
     set_gradients,
     through_a_file,
 )
-from tests.optim.test_engine import build as build_groups
+from tests.helpers.optimizers import build as build_groups
+from tests.helpers.toy import assert_same
 
 if "expecttest" not in sys.modules:  # torch's test helpers import it, and nothing here uses it
     sys.modules["expecttest"] = types.ModuleType("expecttest")

@@ -1,0 +1,77 @@
+"""Wrong input to `fit` ends with one clear message before a run starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.command_line import OWN, QUIET, SMALL, complaint
+from tests.helpers.paths import CONFIGS
+
+pytestmark = pytest.mark.usefixtures("kept_parsers", "empty_folder")
+
+OURS = "--optim.optimizer=NAMOD"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([OURS, "--optim.optimizer.lr=-1"], "-1 does not conform to restriction v>=0"),
+        ([OURS, "--optim.optimizer.lr=fast"], 'Parser key "lr"'),
+        ([OURS, "--optim.optimizer.momentum=1.5"], "1.5 does not conform to restriction v>=0 and v<1"),
+        ([OURS, "--optim.optimizer.clamp=2"], "does not conform to restriction v>=0 and v<=1"),
+        ([OURS, "--optim.optimizer.momentum=0.999"], "expected beta2 to be above momentum^2 = 0.998001"),
+        ([OURS, "--optim.optimizer.rate=1"], "Option 'rate' is not accepted"),
+        (["--optim.optimizer=NAMO", "--optim.optimizer.clamp=0.1"], "Option 'clamp' is not accepted"),
+        (["--optim.optimizer=NAMI"], 'Parser key "optim.optimizer"'),
+        (["--optim.optimizer=torch.optim.AdamW", "--optim.optimizer.lr=-1"], "Invalid learning rate: -1"),
+        (
+            ["--optim.schedule.warmup=-1"],
+            "Expected warmup to be steps (a whole number) or a share in [0, 1] but got -1",
+        ),
+        (["--optim.schedule.warmup=1.5"], "a share in [0, 1] but got 1.5"),
+        (["--optim.schedule.warm=3"], "Option 'warm' is not accepted"),
+        (["--optim.adamw=*.nothing"], "Expected '*.nothing' in adamw to match a parameter"),
+        (
+            ["--optim.schedule.warmup=9", "--trainer.max_steps=5", "--optim.schedule.decay=0.1"],
+            "Expected a run of at least",
+        ),
+        (["--optimizer", "AdamW"], "Expected the optimizer under --optim.optimizer"),
+        (["--optimizer.lr=0.1"], "Got --optimizer.lr=0.1"),
+        (["--lr_scheduler=StepLR"], "its schedule under --optim.schedule"),
+        (
+            ['--config={"optimizer": {"class_path": "torch.optim.AdamW"}}'],
+            "Expected the optimizer under --optim.optimizer",
+        ),
+        (['--config={"optim": {"optimiser": "NAMO"}}'], "optim.optimiser"),
+        (["--config=nowhere.yaml"], "nowhere.yaml"),
+        (["--trainer.max_step=3"], "max_step"),
+        (["--trainer.accelerator=abacus"], "abacus"),
+        (["--model.n_embd=0"], "0 does not conform to restriction v>0"),
+        (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
+        (["--model=Unknown"], "Unknown"),
+        (["--optim.optimizer={class_path: NAMO"], "optim.optimizer"),
+        (["--optim.optimizer"], "expected one argument"),
+        (["--data.data_dir=nowhere"], "Expected nowhere/meta.json"),
+        (
+            ["--data.data_dir=nowhere", "--data.vocab_size=9"],
+            "Expected token ids in nowhere/train.bin",
+        ),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt"),
+        (["--data.global_batch_size=40"], "batch_size 16 x 1 data-parallel ranks. Got 16 sequences at a time"),
+        (
+            [f"--config={CONFIGS / 'strategy' / 'fsdp2_tp.yaml'}", "--trainer.accelerator=cpu", "--trainer.devices=3"],
+            "to be the number of processes (devices * num_nodes). Got 3 processes.",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+@pytest.mark.slow  # test_yaml_fuzz.py has fast ones
+def test_wrong_input_to_fit_is_one_clear_message(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in complaint(capsys, "fit", *QUIET, *SMALL, *options)
+
+
+def test_loaders_of_a_module_do_not_give_way_to_the_recipes_text(capsys: pytest.CaptureFixture[str]) -> None:
+    message = complaint(capsys, "fit", *QUIET, OWN[0], "--trainer.max_steps=1")
+    assert message.startswith("Expected one source of training data, but Toy has a train_dataloader and --data is")
