@@ -253,7 +253,7 @@ def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "my_text.txt").write_text("Some text of one's own. " * 2000)
     (tmp_path / "configs").symlink_to(CONFIGS)
     commands = re.findall(r"^(?:.*&& )?lightning-namo (.*?)(?: +#.*)?$", readme, flags=re.MULTILINE)
-    # Not here: what needs the network, GPUs or a checkpoint; test_prepare, test_configs and test_export have those.
+    # Not here: what needs the network, GPUs or a checkpoint; test_encoding, test_configs and test_export have those.
     elsewhere = re.compile(r"prepare openwebtext|fit --config configs/gpt2_|\w+ CKPT")
     runnable = [command for command in commands if not elsewhere.match(command)]
     assert len(runnable) >= 9

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, GradientClipping, clip_gradients, gradient_norm, optimize_with
+from tests.helpers import toy
 from tests.helpers.launch import run_ranks
 
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(3))
@@ -111,17 +112,7 @@ class Looking(pl.LightningModule):
 
 def fit(look: bool) -> list[float]:
     module = Looking(look)
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=ModelParallelStrategy(),
-        max_steps=1,
-        callbacks=[GradientClipping(max_norm=0.1)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = toy.trainer(GradientClipping(max_norm=0.1), devices=2, strategy=ModelParallelStrategy(), max_steps=1)
     trainer.fit(module, DataLoader(list(X.double().float()), batch_size=2))
     return module.norms
 

@@ -17,7 +17,7 @@ from lightning_namo.gpt2.export import export, to_transformers
 from lightning_namo.gpt2.load import Vocabulary, find_vocabulary
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
-from tests.helpers.gpt2 import TALE, VERSION, contents, refusal, saved
+from tests.helpers.gpt2 import TALE, contents, refusal, saved
 
 
 def test_the_exported_model_computes_the_same_logits_and_generates(trained: Path, tmp_path: Path) -> None:
@@ -70,11 +70,8 @@ def test_the_exported_model_keeps_its_precision(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_can_be_trimmed_to_gpt2_s(tmp_path: Path) -> None:
-    torch.manual_seed(0)
     module = GPT2Module(block_size=4, n_layer=1, n_head=1, n_embd=2)
-    module.configure_model()
-    data = {VERSION: "2", "state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-    export(str(saved(tmp_path / "padded.ckpt", data)), str(tmp_path / "hf"), vocab_size=50257)
+    export(str(saved(tmp_path / "padded.ckpt", contents(module))), str(tmp_path / "hf"), vocab_size=50257)
     model = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "hf")
     assert torch.equal(model.lm_head.weight, module.model.lm_head.weight[:50257])
     assert model.config.eos_token_id == 50256

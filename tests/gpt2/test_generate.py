@@ -17,7 +17,7 @@ from lightning_namo.gpt2.generate import generate
 from lightning_namo.gpt2.load import find_vocabulary
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
-from tests.helpers.gpt2 import TALE, VERSION, saved
+from tests.helpers.gpt2 import TALE, VERSION, contents, saved
 
 
 def test_generate_prints_the_text_that_transformers_generates(
@@ -67,9 +67,7 @@ def test_generate_takes_gpt2_s_ids_from_tiktoken(tmp_path: Path, monkeypatch: py
     fake = SimpleNamespace(get_encoding=lambda name: asked.append(name) or encoding)
     monkeypatch.setitem(sys.modules, "tiktoken", fake)  # the real one downloads
     module = GPT2Module(block_size=4, n_layer=1, n_head=1, n_embd=2)
-    module.configure_model()
-    data = {VERSION: "2", "state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams)}
-    path = str(saved(tmp_path / "gpt2.ckpt", data))
+    path = str(saved(tmp_path / "gpt2.ckpt", contents(module)))
     assert generate(path, "Hello", 3, vocab_size=50257) == "Hello 4"
     assert asked == ["gpt2"]
     monkeypatch.setitem(sys.modules, "tiktoken", None)

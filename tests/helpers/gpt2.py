@@ -34,10 +34,10 @@ def train_gpt2(folder: Path, *options: str) -> Path:
     return checkpoint
 
 
-def contents(**changes: Any) -> dict[str, Any]:
+def contents(module: GPT2Module | None = None, **changes: Any) -> dict[str, Any]:
     """What a checkpoint of an untrained GPT2Module holds."""
     torch.manual_seed(0)
-    module = GPT2Module(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8)
+    module = module or GPT2Module(vocab_size=64, block_size=8, n_layer=1, n_head=2, n_embd=8)
     module.configure_model()
     return {VERSION: "2", "state_dict": module.state_dict(), "hyper_parameters": dict(module.hparams), **changes}
 
