@@ -54,12 +54,13 @@ _NEED_LIGHTNING = {
 _moved.install()
 
 
-def __getattr__(name: str) -> Any:
-    if name in _NEED_LIGHTNING:
-        value = getattr(importlib.import_module(f"lightning_namo.integration.{_NEED_LIGHTNING[name]}"), name)
-        globals()[name] = value
-        return value
-    return _moved.find(__name__, name)
+if not TYPE_CHECKING:  # a type checker is to see a misspelt name
+
+    def __getattr__(name: str) -> Any:
+        if name in _NEED_LIGHTNING:
+            module = importlib.import_module(f"lightning_namo.integration.{_NEED_LIGHTNING[name]}")
+            return globals().setdefault(name, getattr(module, name))
+        return _moved.find(__name__, name)
 
 
 def __dir__() -> list[str]:

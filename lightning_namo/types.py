@@ -29,14 +29,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from jsonargparse import typing
+if not TYPE_CHECKING:
 
-    if name == "HalfOpenUnit":
-        unit = [(">=", 0), ("<", 1)]
-        made = typing.restricted_number_type(name, float, unit, docstring="float restricted to be >=0 and <1")
-    else:
-        made = getattr(typing, name)
-    return globals().setdefault(name, made)
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from jsonargparse import typing
+
+        if name == "HalfOpenUnit":
+            unit = [(">=", 0), ("<", 1)]
+            made = typing.restricted_number_type(name, float, unit, docstring="float restricted to be >=0 and <1")
+        else:
+            made = getattr(typing, name)
+        return globals().setdefault(name, made)

@@ -8,10 +8,12 @@ if TYPE_CHECKING:
 __all__ = ["TextDataModule"]
 
 
-def __getattr__(name: str) -> Any:
-    """`TextDataModule`, at its first use: processes that only encode text need no Lightning."""
-    if name == "TextDataModule":
-        from lightning_namo.gpt2.data.module import TextDataModule
+if not TYPE_CHECKING:
 
-        return TextDataModule
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """`TextDataModule`, at its first use: processes that only encode text need no Lightning."""
+        if name == "TextDataModule":
+            from lightning_namo.gpt2.data.module import TextDataModule
+
+            return TextDataModule
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
