@@ -15,11 +15,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "consolidate": ("checkpoint.consolidate",),
     "estimate": ("planning.cost_model",),
     "factory": ("integration.build", "integration.configure"),
-    "forecast": ("planning.report", "planning.models"),
+    "forecast": ("planning.models", "planning.report"),
     "grid": ("planning.simulated_mesh",),
     "optimizers": ("optim.namo", "optim.muon"),
-    "orthogonalize": ("polar.orthogonalize", "polar.coefficients", "polar.iteration_dtype", "polar.cost"),
-    "param_groups": ("routing.split", "routing.names"),
+    "orthogonalize": ("polar.coefficients", "polar.iteration_dtype", "polar.cost", "polar.orthogonalize"),
+    "param_groups": ("routing.names", "routing.split"),
     "regions": ("sharding.layout",),  # in optimizers that were saved by torch.save(optimizer)
     "run_card": ("integration.run_card",),
     "schedules": ("optim.schedules",),
@@ -29,11 +29,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "gpt2.encoding": ("gpt2.data.encoding",),
     "gpt2.loaders": ("gpt2.data.loaders",),
     "gpt2.openwebtext": ("gpt2.data.openwebtext",),
-    "gpt2.prepare": ("gpt2.data.prepare", "gpt2.data.encoding"),
+    "gpt2.prepare": ("gpt2.data.encoding", "gpt2.data.prepare"),
     "gpt2.streaming": ("gpt2.data.streaming",),
     "gpt2.trained": ("gpt2.load",),
 }
-"""From a former module to where its names are now, both below `lightning_namo`."""
+"""From a former module to where its names are now, both below `lightning_namo`, importers last."""
 
 RENAMED = {"Grid": "SimulatedMesh", "Block": "Rectangle", "Span": "FlatRange"}
 """Names that were given up."""

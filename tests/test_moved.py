@@ -1,28 +1,74 @@
-"""Former modules give what moved, with a warning that names its place."""
+"""Former modules have what moved, with a warning that names its place."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 
 import pytest
 
-from lightning_namo._moved import MOVED, RENAMED, find
+from lightning_namo._moved import MOVED, RENAMED
+
+FORMER = [  # a name or more of each former module
+    "base.OrthogonalizedOptimizer",
+    "callbacks.OptimizerCallback",
+    "callbacks.SaveOnSigterm",
+    "clipping.ClipsGradients",
+    "clipping.GradientClipping",
+    "clipping.clip_gradients",
+    "consolidate.consolidate",
+    "estimate.estimate",
+    "factory.build_optimizer",
+    "factory.optimize_with",
+    "forecast.MODELS",
+    "forecast.plan",
+    "grid.Grid",
+    "optimizers.AdaMuon",
+    "optimizers.NAMOD",
+    "orthogonalize.iteration_dtype",
+    "orthogonalize.newton_schulz_polynomials",
+    "orthogonalize.newton_schulz_flops",
+    "orthogonalize.orthogonalize",
+    "param_groups.clean_name",
+    "param_groups.split_parameters",
+    "regions.Block",
+    "regions.Span",
+    "run_card.RunCard",
+    "schedules.WarmupStableDecay",
+    "sweep.sweep",
+    "gpt2.corpus.load_speeches",
+    "gpt2.documents.find_files",
+    "gpt2.encoding.Encoder",
+    "gpt2.loaders.TrainLoader",
+    "gpt2.openwebtext.openwebtext",
+    "gpt2.prepare.prepare",
+    "gpt2.prepare.train_tokenizer",
+    "gpt2.streaming.StreamingTextDataModule",
+    "gpt2.trained.load_network",
+]
 
 
-@pytest.mark.parametrize(("former", "place"), [(former, place) for former in MOVED for place in MOVED[former]])
-def test_a_former_module_gives_what_moved_and_warns(former: str, place: str) -> None:
-    module = importlib.import_module(f"lightning_namo.{place}")
-    own = [n for n, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
-    name = next(n for n in own if not n.startswith("_") and n not in {*RENAMED, *RENAMED.values()})
-    old = importlib.import_module(f"lightning_namo.{former}")
-    with pytest.warns(DeprecationWarning, match=rf"{former}\.{name} is lightning_namo\.\S+\.{name} now"):
-        moved = getattr(old, name)
-    assert inspect.unwrap(moved) is inspect.unwrap(getattr(module, name))
+@pytest.mark.parametrize("path", FORMER)
+def test_a_former_module_has_what_moved_and_names_the_new_place(path: str) -> None:
+    module, _, name = f"lightning_namo.{path}".rpartition(".")
+    with pytest.warns(DeprecationWarning, match=rf"{path} is lightning_namo\.") as warned:
+        value = getattr(importlib.import_module(module), name)
+    place, _, new_name = str(warned[0].message).split(" is ")[1].split(" now")[0].rpartition(".")
+    assert value is getattr(importlib.import_module(place), new_name)
+    assert new_name == RENAMED.get(name, name)
+    assert getattr(value, "__module__", place) == place, "a module that only imports it is named"
+    assert warned[0].filename == __file__
 
 
-def test_what_never_was_is_not_found() -> None:
-    with pytest.raises(AttributeError, match=r"module 'lightning_namo.base' has no attribute 'Nothing'"):
-        _ = importlib.import_module("lightning_namo.base").Nothing
-    with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
-        find("lightning_namo", "nowhere")
+def test_every_former_module_is_tried() -> None:
+    assert {path.rpartition(".")[0] for path in FORMER} == set(MOVED)
+
+
+def test_a_former_module_has_nothing_else_and_takes_no_public_name_s_place() -> None:
+    import lightning_namo.orthogonalize
+    import lightning_namo.schedules as schedules
+
+    assert lightning_namo.orthogonalize is importlib.import_module("lightning_namo.polar.orthogonalize").orthogonalize
+    with pytest.raises(AttributeError, match="no attribute 'Cosine'"):
+        schedules.Cosine  # noqa: B018
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("lightning_namo.nothing")

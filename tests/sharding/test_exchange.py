@@ -1,19 +1,19 @@
-"""The exchange with one process, where nothing travels; tests/distributed has several."""
+"""The exchange with one process, which sends nothing; tests/distributed has several."""
 
 from __future__ import annotations
 
 import torch
 
-from lightning_namo.sharding.agreement import ParameterDescription
 from lightning_namo.sharding.assignment import Matrix
-from lightning_namo.sharding.exchange import Exchange, Published, Replicas
+from lightning_namo.sharding.exchange import Exchange
 from lightning_namo.sharding.layout import Rectangle
+from lightning_namo.sharding.publication import Published
 from lightning_namo.workspace import Workspace
 
 SHAPES = [(2, 3), (4, 2), (2, 3)]
 
 
-def test_one_process_works_on_the_chosen_matrices_in_stacks_of_a_shape() -> None:
+def test_one_process_works_on_the_active_matrices_in_stacks_of_a_shape() -> None:
     matrices = [Matrix(f"w{i}", (m, n), torch.float32, m * n, Rectangle(0, m, 0, n)) for i, (m, n) in enumerate(SHAPES)]
     exchange = Exchange(matrices, torch.device("cpu"), None, Published, Workspace())
     stacked = []
@@ -36,11 +36,3 @@ def test_one_process_works_on_the_chosen_matrices_in_stacks_of_a_shape() -> None
     assert exchange.bytes_sent == 0
     assert exchange.is_current
     assert all(exchange.is_primary_replica(index) for index in range(3))
-
-
-def test_weights_of_replicas_add_up_to_zero_over_the_ranks() -> None:
-    parts = [
-        ParameterDescription("w", (4, 4), torch.float32, region, 0) for region in ("top", "bottom", "top", "top", None)
-    ]
-    replicas = [Replicas.of(rank, parts) for rank in range(4)]
-    assert replicas == [Replicas(3, -2), Replicas(3, 0), Replicas(3, 1), Replicas(3, 1)]
