@@ -225,7 +225,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             batches = self._statistics_batches(parameters, exchange)
             compared = [parameters[i].name for batch in batches for indices in batch.stacks for i in indices]
             compared += [name for _, name in self._adamw_parameters()]
-            self._agreement = StepAgreement(exchange, compared, self._label)
+            self._agreement = StepAgreement(exchange, compared, self._module)
             self._prepared = parameters, batches, exchange
             self._prepared_for = prepared_for
         return self._prepared

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_namo.checkpoint.reading import first_few
+from lightning_namo.routing.names import parameter_label
 from lightning_namo.sharding.agreement import (
     CLOSE,
     Alarm,
@@ -31,11 +32,11 @@ class StepAgreement:
     Args:
         exchange: Of the optimizer.
         names: Of the parameters whose gradients are compared: the matrices in the order of the batches, then AdamW's.
-        label: From a parameter's name to what messages call it.
+        module: Gives the module of the parameters, for messages: a weak reference, so that it keeps nothing alive.
     """
 
-    def __init__(self, exchange: Exchange, names: Sequence[str], label: Callable[[str], str]) -> None:
-        self._exchange, self._names, self._label = exchange, names, label
+    def __init__(self, exchange: Exchange, names: Sequence[str], module: Callable[[], nn.Module | None]) -> None:
+        self._exchange, self._names, self._module = exchange, names, module
         self.alarm = Alarm(exchange.device)
         self._hyper: HyperParameters = []  # of the step that the alarm is of
 
@@ -114,7 +115,8 @@ class StepAgreement:
             check_order([number == told[0][0] for number, _ in told])
             check_hyper_parameters([hyper for _, hyper in told])
         if any(differing):
-            names = [self._label(name) for name, flag in zip(self._names, differing, strict=True) if flag]
+            named = zip(self._names, differing, strict=True)
+            names = [parameter_label(name, self._module()) for name, flag in named if flag]
             raise RuntimeError(
                 f"Expected the replicas of {first_few(names)} to have the same gradient, but their norms differ by "
                 "more than a reduction rounds: one rank's gradient would count, the others' would be lost. Average the "

@@ -271,7 +271,7 @@ WRONG_SECTIONS: list[tuple[str, str]] = [  # a section, and a part of what is sa
     ("optimizer: os.system", "os.system"),
     ("optimizer: lightning_namo.split_parameters", "split_parameters"),
     ("optimizer: torch.optim.Optimizer", "defaults"),
-    ("optimizer: lightning_namo.base.OrthogonalizedOptimizer", "matrix_defaults"),
+    ("optimizer: lightning_namo.OrthogonalizedOptimizer", "defaults"),
     ("optimizer: {class_path: null}", "optim.optimizer"),
     ("optimizer: {class_path: [NAMO]}", "optim.optimizer"),
     ("optimizer: {class_path: 'lightning_namo.NAMO '}", "import path"),

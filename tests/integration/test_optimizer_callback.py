@@ -407,7 +407,7 @@ def test_a_schedule_drives_groups_that_are_unfrozen_later():
 
 
 def warned_of_gradients(found: list[warnings.WarningMessage]) -> list[int]:
-    """How many updates each warning says were left out."""
+    """How many updates each warning says were skipped."""
     return [int(text.split()[0]) for text in matched(found, NOT_FINITE)]
 
 

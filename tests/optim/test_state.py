@@ -1,12 +1,14 @@
 """The state of an optimizer: complete, plain, copied, loaded, cast with its module, and refused."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, split_parameters
+from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer, split_parameters
 from tests.helpers.optimizers import (
     COPIES,
     Fused,
@@ -34,6 +36,20 @@ def test_statistics_are_float32_at_least(cls, dtype):
                 dtype, torch.float32
             )
         assert set(kinds.values()) == {dtype}
+
+
+@all_optimizers
+def test_memory_is_given_back_with_the_last_reference(cls):
+    optimizer = build_optimizer(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)), cls)
+    run(optimizer, 0, 1)
+    momentum = weakref.ref(optimizer.state[parameters(optimizer)[0]]["momentum_buffer"])
+    gc.collect()
+    gc.disable()  # what is in a cycle would stay until the next collection
+    try:
+        del optimizer
+        assert momentum() is None
+    finally:
+        gc.enable()
 
 
 @all_optimizers
