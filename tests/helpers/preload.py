@@ -7,7 +7,7 @@ import torch._dynamo
 import torch.distributed.run
 import torch.utils.tensorboard
 
-import lightning_namo.cli
+import lightning_namo.cli.entry_point
 import lightning_namo.gpt2.summary
 from tests.helpers import job, layouts, resuming, worker
 
