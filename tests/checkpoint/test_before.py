@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from lightning_namo import NAMOD
 from lightning_namo.checkpoint.consolidate import consolidate
 from lightning_namo.cli import main
 from tests.helpers.job import ROOT, finish
@@ -82,3 +83,13 @@ def test_a_sharded_checkpoint_goes_on_under_fsdp2(rule: str, folder: Path) -> No
     ended = finish([(["lightning-namo", *job], ranks | {"LOCAL_RANK": str(rank)}) for rank in range(2)], folder)
     assert [process.code for process in ended] == [0, 0], ended[0].output
     check(folder / "saved" / "step=4.ckpt", rule)
+
+
+def test_an_optimizer_that_was_saved_as_a_whole_goes_on() -> None:
+    with pytest.warns(DeprecationWarning, match=r"lightning_namo.optim.namo.NAMOD now"):
+        optimizer = torch.load(BEFORE / "optimizer.pt", weights_only=False)
+    assert type(optimizer) is NAMOD
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
