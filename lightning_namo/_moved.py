@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.machinery
 import sys
 import warnings
 from types import ModuleType
@@ -19,8 +19,8 @@ MOVED: dict[str, tuple[str, ...]] = {
     "grid": ("planning.simulated_mesh",),
     "optimizers": ("optim.namo", "optim.muon"),
     "orthogonalize": ("polar.coefficients", "polar.iteration_dtype", "polar.cost", "polar.orthogonalize"),
-    "param_groups": ("routing.names", "routing.split"),
-    "regions": ("sharding.layout",),  # in optimizers that were saved by torch.save(optimizer)
+    "param_groups": ("routing.names", "routing.reasons", "routing.split"),
+    "regions": ("sharding.layout", "sharding.local"),  # in optimizers that were saved by torch.save(optimizer)
     "run_card": ("integration.run_card",),
     "schedules": ("optim.schedules",),
     "sweep": ("cli.sweep",),
@@ -58,8 +58,9 @@ class _Moved(ModuleType):
 
 def install() -> None:
     """Let Python find the former modules. Nothing is imported before a name is taken from one."""
-    for name in MOVED:
-        sys.modules.setdefault(f"lightning_namo.{name}", _Moved(f"lightning_namo.{name}", "A module that has moved."))
+    for name in (f"lightning_namo.{former}" for former in MOVED):
+        module = sys.modules.setdefault(name, _Moved(name, "A module that has moved."))
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
 
 
 def find(package: str, name: str) -> ModuleType:

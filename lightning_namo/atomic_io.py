@@ -25,12 +25,13 @@ def check_output(path: Path, overwrite: bool) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write a file or a folder to; when it is complete it replaces what was there.
 
-    Until then its name starts with a dot. After an error nothing is replaced.
+    Until then its name starts with a dot. After an error nothing is replaced. A link is replaced itself: what it points to
+    stays as it is.
 
     Args:
         path: Of the file or folder; folders above it are made.
     """
-    path = path.resolve()
+    path = Path(os.path.abspath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     new, old = (path.with_name(f".{path.name}.{uuid.uuid4().hex}") for _ in range(2))
     try:
@@ -40,7 +41,7 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(new, path)
     finally:
         for leftover in (new, old):
-            if leftover.is_dir():
+            if leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
             leftover.unlink(missing_ok=True)
 

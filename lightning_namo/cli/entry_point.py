@@ -45,7 +45,7 @@ def main(args: Sequence[str] | None = None) -> None:
         args: The arguments after the program's name; None: this process's own.
     """
     arguments = list(sys.argv[1:] if args is None else args)
-    if sys.path[0] != os.getcwd():
+    if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: classes of the user's are named by their module
     _pass_on_plain_numbers()
     theirs, failed = initialized(), True

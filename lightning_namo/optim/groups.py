@@ -137,6 +137,10 @@ class GroupedOptimizer(Optimizer):
                 self._layout(label, parameter, group)
         super().add_param_group(group)
         _drop_duplicates(self.param_groups[-1])
+        self._add_state(self.param_groups[-1])
+
+    def _add_state(self, group: dict[str, Any]) -> None:
+        """Make the state of the parameters of a new group."""
 
     def set_lr(self, lr: float) -> None:
         """Change the learning rate as if the optimizer were built with ``lr``; before a schedule is attached.

@@ -44,13 +44,9 @@ class StatefulOptimizer(GroupedOptimizer):
     _adamw_skipped: Tensor | None = None
     _prepared: Any = None  # what the step has prepared for these groups
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As `GroupedOptimizer.add_param_group`; the parameters get their state."""
-        before = len(self.param_groups)
-        super().add_param_group(param_group)
-        for group in self.param_groups[before:]:
-            for parameter in group["params"]:
-                self.state[parameter] = self._initial_state(parameter, group)
+    def _add_state(self, group: dict[str, Any]) -> None:
+        for parameter in group["params"]:
+            self.state[parameter] = self._initial_state(parameter, group)
 
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if not group["orthogonalize"]:

@@ -11,9 +11,9 @@ __all__ = ["TextDataModule"]
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any:
-        """`TextDataModule`, at its first use: processes that only encode text need no Lightning."""
-        if name == "TextDataModule":
-            from lightning_namo.gpt2.data.module import TextDataModule
+        """What `module` has, at its first use: processes that only encode text need no Lightning."""
+        if name in ("TextDataModule", "accumulation", "data_parallel"):
+            from lightning_namo.gpt2.data import module
 
-            return TextDataModule
+            return getattr(module, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
