@@ -25,8 +25,8 @@ def check_output(path: Path, overwrite: bool) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write a file or a folder to; when it is complete it replaces what was there.
 
-    Until then its name starts with a dot. After an error nothing is replaced. A link is replaced itself: what it points to
-    stays as it is.
+    Until then its name starts with a dot. After an error nothing is replaced. A link is replaced, and not what it
+    points to.
 
     Args:
         path: Of the file or folder; folders above it are made.
