@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,6 +48,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: classes of the user's are named by their module
+    warnings.filterwarnings("default", "lightning_namo", DeprecationWarning)  # of former paths in a config
     _pass_on_plain_numbers()
     theirs, failed = initialized(), True
     try:

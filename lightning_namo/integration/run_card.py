@@ -1,4 +1,4 @@
-"""What a run was: written beside its checkpoints, so that a checkpoint found later can be collective."""
+"""What a run was: written beside its checkpoints, so that a checkpoint found later can be explained."""
 
 from __future__ import annotations
 

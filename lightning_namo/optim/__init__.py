@@ -1,4 +1,4 @@
-"""The optimizers: their formulas, the step, parameter groups and AdamW. Knows torch only."""
+"""The optimizers: their formulas, the step, parameter groups and AdamW. Imports no Lightning."""
 
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.muon import AdaMuon, Muon

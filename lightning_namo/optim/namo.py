@@ -77,7 +77,7 @@ class NAMO(_AdaptiveScale):
     Args:
         params: What `split_parameters` returns, or torch's usual iterables and groups; a group with
             ``orthogonalize=False`` gets AdamW.
-        lr: Learning rate of the matrices; about eight times Muon's (the adaptive number is small in noise).
+        lr: Learning rate of the matrices; about nine times Muon's (the adaptive number is small in noise).
         weight_decay: lambda, decoupled; coupled to the adaptive step unless ``decay="lr"``.
         momentum: mu1, in [0, 1); ``momentum**2 < beta2`` keeps the adaptive number bounded.
         beta2: mu2, in [0, 1).

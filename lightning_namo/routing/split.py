@@ -1,4 +1,4 @@
-"""Which parameters are hidden matrices, which take AdamW, and why.
+"""`split_parameters`: a module's parameters in groups, each with its reason.
 
 Muon and its kin orthogonalize the update of a hidden weight matrix. Embeddings, output heads, norms, biases
 and scalars are not hidden matrices and take AdamW. `split_parameters` decides by identity and by module rather

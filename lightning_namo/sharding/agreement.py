@@ -1,7 +1,6 @@
-"""What all ranks must agree on: the parameters, their weights, the hyper-parameters and the gradients of replicas.
+"""Checks of what the ranks publish: parameters, their order, weights of replicas, hyper-parameters, cover of a matrix.
 
-Before the first step the ranks compare what they publish. In a step each writes a few numbers into the all-reduce of
-the statistics, and an `Alarm` reads from the sum whether the ranks differ.
+And for a step: fingerprints and tolerances by which ranks are compared, and the `Alarm` that reads the result.
 """
 
 from __future__ import annotations

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +71,15 @@ def test_the_config_that_fit_saved_repeats_its_run(folder: Path, monkeypatch: py
     saved = yaml.safe_load(next(folder.glob("logs/**/config.yaml")).read_text(encoding="utf-8"))
     assert saved["model"]["class_path"] == "lightning_namo.gpt2.module.GPT2Module"
     assert saved["data"]["class_path"] == "lightning_namo.gpt2.data.TextDataModule"
+
+
+@pytest.mark.slow
+def test_the_command_line_names_the_new_paths_of_a_recipe(folder: Path) -> None:
+    # Not in a fork: pytest keeps the warnings of its own process, and of its forks, to itself.
+    command = [sys.executable, "-m", "lightning_namo", "fit", f"--config={BEFORE / 'recipe.yaml'}", "--print_config"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True, timeout=200)
+    for former in ("optimizers.NAMOD", "run_card.RunCard", "callbacks.SaveOnSigterm", "clipping.GradientClipping"):
+        assert f"lightning_namo.{former} is lightning_namo." in done.stderr
 
 
 @pytest.mark.slow
