@@ -67,6 +67,13 @@ def test_one_node_is_within_5_percent_of_an_even_share(size: str, world_size: in
     assert busiest(costs, assign_owners(costs, world_size)) <= 1.05 * max(sum(costs) / world_size, max(costs))
 
 
+def test_llama_on_six_nodes_is_within_a_percent_of_an_even_share() -> None:
+    # Without the bisection (longest first and swaps alone) the busiest rank has 5.6% more than that.
+    shapes = [(4096, 4096)] * 4 + [(11008, 4096), (4096, 11008), (11008, 4096)]
+    costs = [newton_schulz_flops(shape, 5) for shape in shapes] * 32
+    assert busiest(costs, assign_owners(costs, 48)) <= 1.01 * sum(costs) / 48
+
+
 def test_more_ranks_than_matrices_leave_ranks_idle() -> None:
     assert sorted(assign_owners([5, 5, 5], 7)) == [0, 1, 2]
 
