@@ -38,7 +38,12 @@ def replacing(path: Path) -> Iterator[Path]:
         yield new
         if path.is_dir():  # which a rename does not replace
             os.replace(path, old)
-        os.replace(new, path)
+        try:
+            os.replace(new, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
     finally:
         for leftover in (new, old):
             if leftover.is_dir() and not leftover.is_symlink():

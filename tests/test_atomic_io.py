@@ -38,3 +38,13 @@ def test_a_link_is_replaced_and_what_it_points_to_stays(folder: bool, tmp_path: 
     assert link.is_dir() == target.is_dir() == folder
     assert folder or (target.read_text(), link.read_text()) == ("old", "new")
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "link"]
+
+
+def test_a_folder_stays_where_nothing_was_written_in_its_place(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(FileNotFoundError), replacing(folder):
+        pass
+    assert (folder / "weights").read_text() == "old"
+    assert os.listdir(tmp_path) == ["export"]

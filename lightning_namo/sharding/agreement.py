@@ -1,6 +1,6 @@
 """Checks of what the ranks publish: parameters, their order, weights of replicas, hyper-parameters, cover of a matrix.
 
-And for a step: fingerprints and tolerances by which ranks are compared, and the `Alarm` that reads the result.
+`lightning_namo.optim.step_agreement` compares the ranks in a step; its fingerprint, tolerances and `Alarm` are here.
 """
 
 from __future__ import annotations
