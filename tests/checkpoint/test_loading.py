@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lightning_namo import NAMO, AdaMuon, build_optimizer
+from tests.helpers.checkpointed import Chain
 from tests.helpers.optimizers import OPTIMIZERS, all_optimizers
 from tests.helpers.toy import assert_same
 
@@ -124,12 +125,6 @@ def test_a_loaded_state_is_a_copy(cls):
 
 @all_optimizers
 def test_parameters_keep_their_names_where_the_checkpoint_has_another_order(cls):
-    class Chain(nn.Module):
-        def __init__(self, order: str) -> None:
-            super().__init__()
-            for name in order:
-                self.add_module(name, nn.Linear(3, 3))
-
     model, other = Chain("abc"), Chain("cab")
     optimizer, resumed = build_optimizer(model, cls, lr=0.01), build_optimizer(other, cls, lr=0.01)
     for number, parameter in enumerate(model.parameters()):

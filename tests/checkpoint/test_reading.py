@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from lightning_namo import NAMO, NAMOD, build_optimizer
-from tests.helpers.checkpointed import Model, assert_same_state, build_exact, other_model, step, trained
+from tests.helpers.checkpointed import Chain, Model, assert_same_state, build_exact, other_model, step, trained
 from tests.helpers.optimizers import EXACT, OPTIMIZERS, all_optimizers, through_a_file
 from tests.helpers.toy import assert_same
 
@@ -59,12 +58,6 @@ def test_a_round_trip_changes_nothing(
 @all_optimizers
 def test_names_decide_not_the_order(cls):
     """The module's layers were put in another order since; parameters of one shape would change places."""
-
-    class Chain(nn.Module):
-        def __init__(self, order: str) -> None:
-            super().__init__()
-            for name in order:
-                self.add_module(name, nn.Linear(3, 3))
 
     model, other = Chain("abc"), Chain("cab")
     other.load_state_dict(model.state_dict())

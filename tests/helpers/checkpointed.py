@@ -53,3 +53,12 @@ def trained(cls: Any, model: nn.Module, steps: int = 5, **options: Any) -> torch
     for seed in range(steps):
         step(optimizer, model, seed)
     return optimizer
+
+
+class Chain(nn.Module):
+    """Layers of one shape, in the order of the names."""
+
+    def __init__(self, order: str) -> None:
+        super().__init__()
+        for name in order:
+            self.add_module(name, nn.Linear(3, 3))
