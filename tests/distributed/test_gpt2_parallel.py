@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import gc
 import io
 import json
 import os
@@ -158,6 +159,7 @@ def train(rank: int, folder: str, names: list[str]) -> dict[str, dict[str, Any]]
     with mock.patch.object(nn.Module, "compile", quick):
         for name in names:
             torch._dynamo.reset()  # of networks of earlier cases
+            gc.collect()  # and their process groups, which else end in the middle of a case, with its threads at work
             main([*command(name), f"--trainer.callbacks+={__name__}.LayoutRecorder"])
             facts[name] = LayoutRecorder.last
     return facts

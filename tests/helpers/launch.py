@@ -5,6 +5,7 @@ They are forked from a server that has imported what takes seconds (`preload`), 
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import multiprocessing.forkserver
 import os
@@ -25,6 +26,9 @@ import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
+
+
+_TOLD = 10_000  # characters of a rank's standard error, the last ones
 
 
 class WorkerError(RuntimeError):
@@ -54,6 +58,8 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
         environment = os.environ | {"OMP_NUM_THREADS": "1"} | ranks
         call = pickle.dumps((worker, args))  # tensors by value: else each would take a file descriptor
         serve()
+        for rank in range(world_size):
+            _errors(folder, rank).touch()
         processes = [
             CONTEXT.Process(
                 target=_main,
@@ -71,17 +77,26 @@ def run_ranks(worker: Callable[..., Any], world_size: int, *args: Any, timeout: 
         for process in processes:
             process.kill()
             process.join()
-        errors = [f"rank {r}: {p.read_text()}" for r in range(world_size) if (p := Path(folder, f"{r}.error")).exists()]
-        if hanging or errors or any(process.exitcode for process in processes):
-            codes = [process.exitcode for process in processes]
+        codes = [process.exitcode for process in processes]
+        if hanging or any(codes):
+            told = [_errors(folder, rank).read_text(errors="replace")[-_TOLD:] for rank in range(world_size)]
+            errors = [f"rank {rank}: {text}" for rank, text in enumerate(told) if codes[rank]]
             raise WorkerError(f"hanging ranks {hanging}, exit codes {codes}\n" + "\n".join(errors))
         return [torch.load(Path(folder, f"{r}.pt"), weights_only=False) for r in range(world_size)]
+
+
+def _errors(folder: str, rank: int) -> Path:
+    """Where the standard error of a rank goes."""
+    return Path(folder, f"{rank}.error")
 
 
 def _main(call: bytes, rank: int, folder: str, environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    with _errors(folder, rank).open("w") as errors:
+        os.dup2(errors.fileno(), sys.stderr.fileno())
+    faulthandler.enable(sys.stderr)  # a crash outside Python tells where, too
     try:
         worker, args = pickle.loads(call)
         dist.init_process_group("gloo", timeout=timedelta(seconds=60))
@@ -92,5 +107,6 @@ def _main(call: bytes, rank: int, folder: str, environment: dict[str, str]) -> N
         gc.collect()
         dist.destroy_process_group()
     except BaseException:
-        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
+        traceback.print_exc()
+        sys.stderr.flush()
         os._exit(1)  # without waiting for the others, as a crashed rank does
