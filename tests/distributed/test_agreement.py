@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from typing import Any
 
 import pytest
@@ -204,6 +205,17 @@ def failing_rank(rank: int) -> None:
             weight = next(p for p in module.parameters() if p.dim() == 2)
             weight.grad = weight.grad.to_sparse()
         optimizer.step()
+
+
+def crash(rank: int) -> None:
+    if rank:
+        os.abort()
+    torch.distributed.barrier()
+
+
+def test_a_crash_outside_python_on_one_rank_tells_where() -> None:
+    with pytest.raises(WorkerError, match=r"(?s)exit codes \[1, -6\].*rank 1: Fatal Python error: Aborted.*in crash"):
+        run_ranks(crash, 2)
 
 
 def test_a_failure_on_one_rank_ends_the_job_with_its_message() -> None:

@@ -26,8 +26,6 @@ import torch.distributed as dist
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
-
-
 _TOLD = 10_000  # characters of a rank's standard error, the last ones
 
 
