@@ -47,7 +47,7 @@ FORMER = [  # a name or more of each former module
     "regions.Span",
     "regions.find_regions",
     "regions.local_tensor",
-    "rules.namo_step_size",
+    "rules.bias_correction",
     "run_card.RunCard",
     "schedules.WarmupStableDecay",
     "sweep.sweep",

@@ -36,8 +36,7 @@ ROWS = {
     "sum": "statistics",
     "work": "computation",
 }
-# Methods of the exchange, and which argument is the stacks.
-METHODS = {"_send_shards": 1, "_receive_shards": 0, "_send_results": 1, "_receive_results": 0}
+METHODS = ("_send_shards", "_receive_shards", "_send_results", "_receive_results")  # of the exchange, for a bucket
 KINDS = {"cpu_op": "user_annotation"} | dict.fromkeys(("kernel", "gpu_memcpy", "gpu_memset"), "gpu_user_annotation")
 Bar = namedtuple("Bar", "row bucket taken_up begin end")  # times in ms; under way from begin on
 
@@ -45,14 +44,13 @@ Bar = namedtuple("Bar", "row bucket taken_up begin end")  # times in ms; under w
 def mark(optimizer: NAMO) -> int:
     """Have a range "bucket NUMBER METHOD" in the trace wherever the exchange turns to a bucket; their number."""
     _, _, exchange = optimizer._prepare()
-    number = {stack.indices[0]: k for k, stacks in enumerate(exchange.buckets) for stack in stacks}
 
-    def marked(function: Callable[..., Any], place: int, *args: Any) -> Any:
-        with record_function(f"bucket {number[args[place][0].indices[0]]} {function.__name__}"):
-            return function(*args)
+    def marked(function: Callable[..., Any], number: int, *args: Any) -> Any:
+        with record_function(f"bucket {number} {function.__name__}"):
+            return function(number, *args)
 
-    for name, place in METHODS.items():
-        setattr(exchange, name, partial(marked, getattr(exchange, name), place))
+    for name in METHODS:
+        setattr(exchange, name, partial(marked, getattr(exchange, name)))
     return len(exchange.buckets)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_namo.sharding.layout import Layout, ShardRegion, stored_shape
+from lightning_namo.sharding.layout import Layout, ShardRegion, StatisticKind, stored_shape
 from lightning_namo.sharding.local import local_tensor
 
-LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # and v, where it is kept by element
+LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # and the rule's states by element
 State = dict[str, Any]
 
 
@@ -28,7 +29,7 @@ class ParameterState:
         state: Its state, in the plain form.
         shape: Of the whole parameter.
         region: The part of it that this rank holds.
-        per_column: Whether v is a statistic by column (True), of the whole matrix (False), or no statistic (None).
+        kinds: Of the states that the optimizer's rule keeps beside the momentum: "matrix", "column", "row", "element".
     """
 
     name: str
@@ -37,11 +38,15 @@ class ParameterState:
     state: State
     shape: tuple[int, ...]
     region: ShardRegion
-    per_column: bool | None
+    kinds: Mapping[str, str]
 
     def is_like_parameter(self, key: str) -> bool:
         """Whether a state has the parameter's shape and layout."""
-        return key in LIKE_PARAMETER or (key == "v" and self.per_column is None)
+        return key in LIKE_PARAMETER or self.kinds.get(key) == "element"
+
+    def statistic_kind(self, key: str) -> StatisticKind:
+        """Of a state that is not like the parameter: of what it has one number each."""
+        return cast(StatisticKind, self.kinds[key])
 
     def layout(self, region: ShardRegion | None = None) -> Layout:
         """The layout of this part (or another one) of the matrix."""

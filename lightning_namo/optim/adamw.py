@@ -177,7 +177,7 @@ def _overlaps_itself(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return False
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill a run of memory, in whatever order of the dimensions."""
     if tensor.is_contiguous():
         return True
@@ -195,7 +195,7 @@ def _dense_and_alike(tensors: Sequence[Tensor]) -> list[Tensor]:
     If the first is not dense the copies are contiguous.
     """
     first = tensors[0]
-    like = first if _is_dense(first) else torch.empty_like(first, memory_format=torch.contiguous_format)
+    like = first if is_dense(first) else torch.empty_like(first, memory_format=torch.contiguous_format)
     strides = like.stride()
     return [
         t if t.stride() == strides and not t.is_neg() and not t.is_conj() else torch.empty_like(like).copy_(t)

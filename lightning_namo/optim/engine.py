@@ -1,4 +1,4 @@
-"""The only `step`: momentum, one sum of statistics over the ranks, shared-out orthogonalization, scaled update.
+"""The only `step`: what every rule asks for, sums over the ranks and shared-out orthogonalization, is answered here.
 
 Nothing here asks which parallel strategy runs: a parameter's `Layout` says where its local shard is in its matrix.
 """
@@ -6,113 +6,68 @@ Nothing here asks which parallel strategy runs: a parameter's `Layout` says wher
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_namo.optim import formulas
 from lightning_namo.optim.adamw import AdamWStep, on_some_ranks_only
+from lightning_namo.optim.formulas import HyperParameters
 from lightning_namo.optim.groups import named_parameters
-from lightning_namo.optim.state import StatefulOptimizer, statistics_dtype
+from lightning_namo.optim.rule import Matrices, Rule
+from lightning_namo.optim.run import Requests, StackRun
+from lightning_namo.optim.stack import MatrixParameter, MatrixStack, statistics_dtype
+from lightning_namo.optim.state import StatefulOptimizer
 from lightning_namo.optim.step_agreement import StepAgreement
 from lightning_namo.optim.trained_module import TrainedModule
-from lightning_namo.polar.cost import newton_schulz_flops
+from lightning_namo.optim.trial import Scratch, requests_of, scratch_of
 from lightning_namo.polar.iteration_dtype import iteration_dtype
 from lightning_namo.polar.orthogonalize import orthogonalize
 from lightning_namo.routing.names import parameter_label
-from lightning_namo.sharding.agreement import HyperParameters, ParameterDescription, checksums, plain, tolerance
+from lightning_namo.sharding import agreement
+from lightning_namo.sharding.agreement import ParameterDescription, checksums, plain, tolerance
 from lightning_namo.sharding.assignment import Matrix
 from lightning_namo.sharding.discovery import part_of
-from lightning_namo.sharding.exchange import Exchange, StackedTensors
-from lightning_namo.sharding.layout import Layout, ShardRegion
-from lightning_namo.sharding.local import local_gradient, local_tensor, refuse_sparse, stack, sum_of_squares, unstack
+from lightning_namo.sharding.exchange import Exchange
+from lightning_namo.sharding.layout import ShardRegion
+from lightning_namo.sharding.local import local_gradient, local_tensor, refuse_sparse
 from lightning_namo.sharding.process_group import current_group
 from lightning_namo.sharding.publication import Published
 from lightning_namo.workspace import Workspace
 
-
-@dataclass(eq=False)
-class MatrixParameter:
-    """A parameter of a matrix group, and the layout of its local shard."""
-
-    name: str
-    tensor: Tensor
-    group: dict[str, Any]
-    layout: Layout
-
-
-@dataclass(eq=False)
-class StatisticsBatch:
-    """Parameters of one group whose statistics have one shape: their step sizes are computed together.
-
-    On several ranks there is one batch per group and statistic shape (one all-reduce sums them all); on one rank, one
-    batch per stack.
-    """
-
-    group: dict[str, Any]
-    stacks: list[tuple[int, ...]]  # for each stack, the indices of its parameters
-    dtype: torch.dtype  # of the statistics
-    factors: Tensor  # shape factors, broadcasting against (parameters, *statistic)
-    holders: Tensor  # how many ranks hold a part of each parameter, (parameters,)
-    tolerance: Tensor  # relative, of the difference of replicas' squared norms, (parameters,)
-
-    def only(self, active: Collection[int]) -> StatisticsBatch:
-        """The batch without the parameters that are not active."""
-        kept = [k for k, i in enumerate(i for indices in self.stacks for i in indices) if i in active]
-        if len(kept) == len(self.holders):
-            return self
-        stacks = [members for indices in self.stacks if (members := tuple(i for i in indices if i in active))]
-        numbers = (
-            torch.stack([whole[k] for k in kept]) if kept else whole[:0]
-            for whole in (self.factors, self.holders, self.tolerance)
-        )
-        return StatisticsBatch(self.group, stacks, self.dtype, *numbers)
-
-    def valid(self, grad_sq: Tensor, direction_sq: Tensor, present: Tensor) -> Tensor:
-        """Which of K gradients, (K,), are there on all ranks, finite, and small enough for the iteration.
-
-        The iteration takes ``||N||^2`` in float32: a larger one would be infinite there, and N a zero matrix.
-        """
-        norm_sq = grad_sq.view(len(present), -1).sum(dim=1)
-        if self.group["orthogonalizer"] == "newton_schulz":
-            norm_sq = (2 * norm_sq).float()  # N is rounded to bfloat16 first
-        finite = direction_sq.isfinite().view(len(present), -1).all(dim=1)
-        return (present == self.holders) & norm_sq.isfinite() & finite
-
-
-@dataclass(eq=False)
-class Update:
-    """What K weights are multiplied by (factor), and their directions (size); which of them are valid, (K,)."""
-
-    valid: Tensor
-    size: Tensor
-    factor: Tensor
+Runs = dict[int, list[StackRun]]  # of each bucket, by its number
 
 
 class OrthogonalizedOptimizer(StatefulOptimizer):
     """Base of the optimizers that orthogonalize momentum; holds the only `step`.
 
-    A subclass is a signature, a docstring with its formula, its extra state and its step size.
+    A subclass is a docstring with its formula, a signature, the kinds of its states, and a rule.
 
     Attributes:
+        state: Of the class: the states that the rule keeps beside the momentum, by name: "matrix", "column" or "row"
+            for one number of each, "element" for a tensor like the parameter. (Of an optimizer: its state, as torch's.)
         bucket_bytes: Bound on the bytes of the matrices that a rank assembles at a time; a larger matrix is in a bucket
-            of its own. None: 8 MiB on CPUs, 32 MiB elsewhere. Set it before the first step. Above parameters, gradients
-            and state a step on shards needs about 11 times that, and about 17 times where the iteration runs in float32
-            (`iteration_dtype`), with three buckets in flight. Measured on square matrices, which need most, in
-            bfloat16: 7.4 on one rank, 10.9 on two, 12 on two replicas, which receive what all owners computed; in
-            float32: 13.0, 16.5 and 17.0.
+            of its own. None: 8 MiB on CPUs, elsewhere a 256th of the accelerator's memory. Set it before the first
+            step. Above parameters, gradients and state a step on shards needs about 11 times that, and about 17 times
+            where the iteration runs in float32 (`iteration_dtype`), with three buckets in flight.
+        batched: Whether the sums of all matrices are taken at once, and stacks and buckets are as large as their bound.
+            None: on all devices but CPUs, which work on a stack while it is in the cache.
     """
 
     bucket_bytes: int | None = None
-    _prepared: tuple[list[MatrixParameter], list[StatisticsBatch], Exchange] | None = None
+    batched: bool | None = None
+    _prepared: tuple[list[MatrixParameter], list[list[MatrixStack]], Exchange] | None = None
     _prepared_for: Sequence[tuple[Any, ...]] = ()
-    _agreement: StepAgreement  # of what is prepared
+    _requests: dict[tuple[int, tuple[int, ...]], Requests]  # of what is prepared, by group and shape
+    _agreement: StepAgreement
     _trained: TrainedModule | None = None
     _compared_in: Callable[[], Any] = staticmethod(lambda: None)  # the process group in which weights were compared
+
+    def rule(self, x: Matrices, h: HyperParameters) -> Rule:
+        """One step of the matrices x, with the hyper-parameters h of their group: a generator, see `optim.rule`."""
+        raise TypeError(f"Expected {type(self).__name__} to have a rule: def rule(self, x, h), a generator method.")
 
     @torch.compiler.disable(reason="lightning_namo's step runs eagerly")  # type: ignore[untyped-decorator, no-untyped-call]
     @torch.no_grad()
@@ -140,31 +95,17 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 loss = closure()
         if self._prepared is not None and self._prepared[2].is_current:
             self._agreement.raise_disagreement(None)
-        parameters, batches, exchange = self._prepare()
+        _, _, exchange = self._prepare()
         refusal = self._refusal(exchange)
-        grads = [None if refusal else local_gradient(p.name, p.tensor) for p in parameters]
-        active = {i for i, grad in enumerate(grads) if grad is not None or exchange.distributed}
         adamw = AdamWStep(self.param_groups, self.state, refused=refusal is not None)
-
-        batches = [batch for batch in (batch.only(active) for batch in batches) if batch.stacks]
-        updates: dict[tuple[int, ...], Update] = {}
         skipped = adamw.not_finite_flags()
         with exchange.workspace.frame():
-            if exchange.distributed:
-                updates, skipped = self._agreed_updates(parameters, batches, exchange, grads, adamw, skipped, refusal)
-            batch_of = {batch.stacks[0]: batch for batch in batches}
-
-            def directions(indices: tuple[int, ...]) -> Tensor:
-                if not exchange.distributed:  # each stack when its turn comes, while it is in the cache
-                    batch = batch_of[indices]
-                    (statistics,), _ = self._sums(parameters, [batch], exchange, grads, [])
-                    updates.update(self._batch_updates(parameters, batch, *statistics))
-                return self._directions(parameters, exchange, grads, indices, updates[indices].valid)
-
-            for bucket in exchange.map(active, directions, self._work(parameters, exchange.workspace)):
-                with exchange.workspace.frame():
-                    self._apply(parameters, exchange, bucket, updates)
-                del bucket
+            for runs in self._start(refused=refusal is not None):
+                if exchange.distributed:
+                    skipped = self._agree(runs, adamw, skipped, refusal)
+                else:
+                    self._leading_sums(runs, [])
+                self._update(runs)
         adamw.run(skipped)
         self._count_adamw(skipped)
         self._warn_of_ungrouped()
@@ -175,7 +116,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     def sharing(self) -> str:
         """Which rank orthogonalizes how much, a line each. Before the first step this is collective."""
         parameters, _, exchange = self._prepare()
-        costs, ranks = [_cost(p) for p in parameters], range(exchange.world_size)
+        costs, ranks = [p.cost for p in parameters], range(exchange.world_size)
         owned = [[i for i, owner in enumerate(exchange.assignment.owners) if owner == rank] for rank in ranks]
         loads = [sum(costs[i] for i in matrices) for matrices in owned]
         mean = sum(loads) / len(loads)
@@ -185,14 +126,22 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         ]
         return "\n".join([*lines, f"rank {exchange.rank} sends {exchange.bytes_sent:,} bytes of matrices a step"])
 
+    def requests(self, parameter: MatrixParameter) -> Requests:
+        """What the rule asks for in a step of a matrix. Before the first step this is collective."""
+        self._prepare()
+        return self._requests[id(parameter.group), parameter.layout.shape]
+
+    def scratch(self, parameter: MatrixParameter, count: int) -> Scratch:
+        """What memory the rule takes for a stack of so many matrices like one."""
+        return scratch_of(self.rule, self._kinds, parameter, count, parameter.tensor.device.type == "cpu")
+
     # ------------------------------------------------------------------ preparation
 
-    def _prepare(self) -> tuple[list[MatrixParameter], list[StatisticsBatch], Exchange]:
-        """Layouts, batches and exchange: made at the first step, and again when groups or dtypes have changed."""
+    def _prepare(self) -> tuple[list[MatrixParameter], list[list[MatrixStack]], Exchange]:
+        """Parameters, stacks by bucket, and exchange: made at the first step, and again when something has changed."""
         self._fill_state()
         prepared_for = [
-            (id(g), [(id(p), p.dtype) for p in g["params"]], g.get("orthogonalizer"), g.get("shape_scale"))
-            for g in self.param_groups
+            (id(g), [(id(p), p.dtype) for p in g["params"]], g.get("orthogonalizer")) for g in self.param_groups
         ]
         if self._prepared is None or prepared_for != self._prepared_for or not self._prepared[2].is_current:
             self._prepared = None
@@ -206,6 +155,10 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 for tensor, name in named_parameters(group)
             ]
             self._follow_parameters()
+            self._requests = {}
+            for p in parameters:
+                if (key := (id(p.group), p.layout.shape)) not in self._requests:
+                    self._requests[key] = requests_of(self.rule, self._kinds, p)
             device = parameters[0].tensor.device
             iteration_dtype(device.type)  # a wrong environment variable is refused before ranks wait for one another
             numbers = {id(group): number for number, group in enumerate(self.param_groups)}
@@ -213,22 +166,54 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 Matrix(
                     p.name,
                     p.layout.stored,
-                    wire_dtype(p),
-                    _cost(p),
+                    p.wire_dtype,
+                    p.cost,
                     p.layout.region,
-                    (numbers[id(p.group)], p.tensor.dtype, *p.layout.shape),
+                    (numbers[id(p.group)], p.tensor.dtype, p.tensor.stride(), *p.layout.shape),
                 )
                 for p in parameters
             ]
-            exchange = Exchange(matrices, device, self.bucket_bytes, lambda: self._published(parameters), Workspace())
+            exchange = Exchange(
+                matrices, device, self.bucket_bytes, lambda: self._published(parameters), Workspace(), self.batched
+            )
             self._compared_in = exchange.group
-            batches = self._statistics_batches(parameters, exchange)
-            compared = [parameters[i].name for batch in batches for indices in batch.stacks for i in indices]
+            buckets = [
+                [self._stack(s.indices, parameters, exchange, self.state) for s in bucket]
+                for bucket in exchange.buckets
+            ]
+            compared = [p.name for bucket in buckets for stack in bucket for p in stack.parameters]
             compared += [name for _, name in self._adamw_parameters()]
             self._agreement = StepAgreement(exchange, compared, self._module)
-            self._prepared = parameters, batches, exchange
+            self._prepared = parameters, buckets, exchange
             self._prepared_for = prepared_for
+        for stack in (stack for bucket in self._prepared[1] for stack in bucket):
+            if not stack.is_bound(self.state):  # loaded, cast or replaced since
+                self._follow_parameters()
+                stack.bind(self.state)
         return self._prepared
+
+    def _stack(
+        self,
+        indices: Sequence[int],
+        parameters: Sequence[MatrixParameter],
+        exchange: Exchange,
+        states: Any,
+    ) -> MatrixStack:
+        members, device = [parameters[i] for i in indices], exchange.device
+        counts = [exchange.holder_counts[i] for i in indices]
+        bounds = [tolerance(exchange.replicas[i].count, parameters[i].tensor.dtype) for i in indices]
+        stack = MatrixStack(
+            members,
+            self._kinds,
+            exchange.is_primary_replica(indices[0]),
+            exchange.replicas[indices[0]].weight,
+            torch.tensor(counts, dtype=statistics_dtype(members[0].tensor), device=device)
+            if exchange.distributed
+            else None,
+            torch.tensor(bounds, dtype=torch.float64, device=device) if exchange.has_replicas else None,
+        )
+        stack.bind(states)
+        return stack
 
     def _published(self, parameters: Sequence[MatrixParameter]) -> Published:
         """What the other ranks must have alike."""
@@ -250,41 +235,14 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     def _label(self, name: str) -> str:
         return parameter_label(name, self._module())
 
-    def _hyper_parameters(self) -> HyperParameters:
+    def _hyper_parameters(self) -> agreement.HyperParameters:
         keys = {True: sorted(self._matrix_defaults), False: sorted(self._adamw_defaults)}
         return [(g["name"], {key: g[key] for key in keys[g["orthogonalize"]] if key in g}) for g in self.param_groups]
 
     def _adamw_parameters(self) -> list[tuple[Tensor, str]]:
         return [pair for group in self.param_groups if not group["orthogonalize"] for pair in named_parameters(group)]
 
-    def _statistics_batches(self, parameters: list[MatrixParameter], exchange: Exchange) -> list[StatisticsBatch]:
-        stacks_of: dict[Any, list[tuple[int, ...]]] = defaultdict(list)
-        for indices in (s.indices for bucket in exchange.buckets for s in bucket):
-            first = parameters[indices[0]]
-            shape = first.layout.statistic_shape(self.per_column)
-            of_its_own = None if exchange.distributed else indices
-            stacks_of[id(first.group), shape, statistics_dtype(first.tensor), of_its_own].append(indices)
-        batches = []
-        for (_, _, dtype, _), stacks in stacks_of.items():
-            members = [i for indices in stacks for i in indices]
-            first = parameters[members[0]]
-            per_block = [
-                [self._shape_factor(shape, first.group["shape_scale"]) for shape in parameters[i].layout.matrix_shapes]
-                for i in members
-            ]
-            factors = torch.tensor(per_block, dtype=dtype, device=exchange.device)
-            leading = (len(first.layout.blocks),) if len(first.layout.blocks) > 1 else ()
-            columns = (1,) if self.per_column else ()
-            counts = [exchange.holder_counts[i] for i in members]
-            holders = torch.tensor(counts, dtype=dtype, device=exchange.device)
-            rounding = [tolerance(exchange.replicas[i].count, parameters[i].tensor.dtype) for i in members]
-            wide = torch.float64 if exchange.distributed else dtype
-            bounds = torch.tensor(rounding, dtype=wide, device=exchange.device)
-            factors = factors.view(-1, *leading, *columns)
-            batches.append(StatisticsBatch(first.group, stacks, dtype, factors, holders, bounds))
-        return batches
-
-    # ------------------------------------------------------------------ statistics
+    # ------------------------------------------------------------------ the step
 
     def _refusal(self, exchange: Exchange) -> Exception | None:
         """Why this rank cannot use its gradients; alone it raises, else it takes part without them and raises then."""
@@ -306,242 +264,155 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             return error
         return None
 
-    def _agreed_updates(
-        self,
-        parameters: list[MatrixParameter],
-        batches: Sequence[StatisticsBatch],
-        exchange: Exchange,
-        grads: Sequence[Tensor | None],
-        adamw: AdamWStep,
-        not_finite: list[Tensor],
-        refusal: Exception | None,
-    ) -> tuple[dict[tuple[int, ...], Update], list[Tensor]]:
-        """Sum the statistics and flags of all ranks in one all-reduce, check that they agree, decide on the updates.
+    def _start(self, refused: bool) -> Iterator[Runs]:
+        """The rules of all stacks, to be answered together; or those of one stack after the other, on one CPU."""
+        _, buckets, exchange = self._prepared or self._prepare()
+        together: Runs = {}
+        for number, stacks in enumerate(buckets):
+            runs = []
+            for stack in stacks:
+                grads = [None if refused else local_gradient(p.name, p.tensor) for p in stack.parameters]
+                for first, end in [(0, len(grads))] if exchange.distributed else _present(grads):
+                    part = stack if end - first == len(grads) else stack.part(first, end)
+                    requests = self.requests(stack.parameters[0])
+                    runs.append(StackRun(part, self.rule, requests, grads[first:end], exchange.workspace))
+            if exchange.distributed or exchange.batched:
+                together[number] = runs
+            elif runs:
+                yield {number: runs}
+        if any(together.values()):
+            yield together
+
+    def _agree(self, runs: Runs, adamw: AdamWStep, not_finite: list[Tensor], refusal: Exception | None) -> list[Tensor]:
+        """The first sums, with what all ranks must agree on in the same all-reduce.
 
         Returns:
-            For each stack its update; for each AdamW group a number above zero if it is skipped.
+            For each AdamW group a number above zero if it is skipped.
         """
         presence = adamw.presence()
-        compared = self._adamw_parameters() if exchange.has_replicas else []
+        compared = self._adamw_parameters() if self._exchange.has_replicas else []
         largest = [adamw.largest(tensor) for tensor, _ in compared]
         numbers = self._agreement.numbers(self._hyper_parameters(), refusal, largest)
-        statistics, flags = self._sums(parameters, batches, exchange, grads, [*not_finite, *presence, *numbers])
         count = len(not_finite)
-        not_finite, presence, numbers = flags[:count], flags[count : 2 * count], flags[2 * count :]
-        differing = []
-        if exchange.has_replicas:
-            for batch, (grad_sq, direction_sq, present, difference) in zip(batches, statistics, strict=True):
-                norm_sq = grad_sq.view(len(present), -1).sum(dim=1)
-                differs = difference.abs() > batch.tolerance * norm_sq
-                differing.append(batch.valid(grad_sq, direction_sq, present) & differs)
-        self._agreement.check(numbers, differing, presence, refusal)
-        updates: dict[tuple[int, ...], Update] = {}
-        for batch, of_batch in zip(batches, statistics, strict=True):
-            updates |= self._batch_updates(parameters, batch, *of_batch[:3])
-        return updates, [a + on_some_ranks_only(b) for a, b in zip(not_finite, presence, strict=True)]
+
+        def check(flags: list[Tensor], differing: list[Tensor]) -> None:
+            not_finite[:], presence[:] = flags[:count], flags[count : 2 * count]
+            self._agreement.check(flags[2 * count :], differing, presence, refusal)
+
+        self._leading_sums(runs, [*not_finite, *presence, *numbers], check)
+        return [a + on_some_ranks_only(b) for a, b in zip(not_finite, presence, strict=True)]
+
+    def _leading_sums(
+        self,
+        runs: Runs,
+        flags: list[Tensor],
+        check: Callable[[list[Tensor], list[Tensor]], None] = lambda flags, differing: None,
+    ) -> None:
+        """Which gradients are valid, and the sums that rules ask for before their first polar factor.
+
+        Args:
+            runs: The rules.
+            flags: What else is summed in the first all-reduce.
+            check: Is told their sums, and which gradients differ between replicas, before a rule goes on.
+        """
+        every = [run for of_bucket in runs.values() for run in of_bucket]
+        totals, flags = self._sums([run.gradient_parts() for run in every], flags)()
+        differing = [run.decide(of_run) for run, of_run in zip(every, totals, strict=True)]
+        check(flags, [flag for flag in differing if flag is not None])
+        while waiting := [run for run in every if run.leading_left]:
+            for run in waiting:
+                run.go_on()
+            self._answer(waiting)
+
+    def _answer(self, runs: Sequence[StackRun]) -> None:
+        totals, _ = self._sums([run.parts() for run in runs])()
+        for run, of_run in zip(runs, totals, strict=True):
+            run.answer(of_run)
 
     def _sums(
-        self,
-        parameters: list[MatrixParameter],
-        batches: Sequence[StatisticsBatch],
-        exchange: Exchange,
-        grads: Sequence[Tensor | None],
-        flags: list[Tensor],
-    ) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Sum the statistics of batches, and flags, over the ranks: one all-reduce."""
-        partials = [self._batch_partials(parameters, exchange, grads, batch) for batch in batches]
-        flat = [part for parts in partials for part in parts] + flags
+        self, parts: Sequence[Sequence[Tensor]], flags: Sequence[Tensor] = ()
+    ) -> Callable[[], tuple[list[list[Tensor]], list[Tensor]]]:
+        """Start to sum the parts of each run, and flags, over the ranks: one all-reduce. What is returned ends it."""
+        flat = [*(part for of_run in parts for part in of_run), *flags]
         if not flat:
-            return [], []
+            return lambda: ([[] for _ in parts], [])
         dtype = max((part.dtype for part in flat), key=lambda d: d.itemsize)
-        sizes = [part.numel() for part in flat]
-        summed = exchange.sum(torch.cat([part.flatten().to(dtype) for part in flat]))
-        totals = iter(
-            total.view_as(part).to(part.dtype) for total, part in zip(torch.split(summed, sizes), flat, strict=True)
-        )
-        return [list(itertools.islice(totals, len(parts))) for parts in partials], list(totals)
+        together = torch.cat([part.flatten().to(dtype) for part in flat])
+        wait = self._exchange.start_sum(together)
 
-    def _batch_partials(
-        self,
-        parameters: list[MatrixParameter],
-        exchange: Exchange,
-        grads: Sequence[Tensor | None],
-        batch: StatisticsBatch,
-    ) -> list[Tensor]:
-        of_stacks = []
-        for indices in batch.stacks:
-            with exchange.workspace.frame():
-                of_stacks.append(self._partials(parameters, exchange, grads, indices))
-        return [torch.cat(parts) for parts in zip(*of_stacks, strict=True)]
+        def end() -> tuple[list[list[Tensor]], list[Tensor]]:
+            wait()
+            split = torch.split(together, [part.numel() for part in flat])
+            totals = iter(total.view_as(part).to(part.dtype) for total, part in zip(split, flat, strict=True))
+            return [list(itertools.islice(totals, len(of_run))) for of_run in parts], list(totals)
 
-    def _partials(
-        self,
-        parameters: list[MatrixParameter],
-        exchange: Exchange,
-        grads: Sequence[Tensor | None],
-        indices: tuple[int, ...],
-    ) -> tuple[Tensor, ...]:
-        """This rank's part of ``||G||^2`` and ``||N||^2`` (K, *statistic), and of the count of gradients (K,).
+        return end
 
-        Where there are replicas also its part of a number (K,) that is zero if they have the same ``||G||^2``.
+    def _update(self, runs: Runs) -> None:
+        """Orthogonalize, bucket by bucket, and let the rules go on to their ends."""
+        exchange, queue = self._exchange, deque(runs)
+        later: Callable[[], None] | None = None
+        while queue:
+            for number, results in exchange.map(queue, lambda k: self._departing(runs[k]), self._work(runs)):
+                for place in list(results):  # no name keeps a polar factor for longer than its rule does
+                    runs[number][place].arrive(results.pop(place))
+                if later is not None:
+                    later()
+                later = self._go_on(runs[number], number, queue)
+                if not exchange.distributed:  # the results are there until the next
+                    later()
+                    later = None
+            if later is not None:
+                later()
+                later = None
+
+    def _departing(self, runs: Sequence[StackRun]) -> dict[int, Tensor]:
+        """The directions N of a bucket's stacks, by place, in their wire dtype."""
+        workspace, directions = self._exchange.workspace, {}
+        for place, run in enumerate(runs):
+            if not run.has_ended:
+                shape = (len(run.stack.parameters), *run.stack.local_shape)
+                directions[place] = workspace.take(shape, run.stack.parameters[0].wire_dtype, self._exchange.device)
+                run.depart(directions[place])
+        return directions
+
+    def _go_on(self, runs: Sequence[StackRun], number: int, queue: deque[int]) -> Callable[[], None]:
+        """Start the sums that a bucket's rules ask for after a polar factor; what is returned answers them.
+
+        The all-reduce does not wait for the next bucket's all-to-all, which is under way: the rules do.
         """
-        grad_sq, direction_sq, present, norm_sq = self._local_statistics(parameters, exchange, grads, indices)
-        if not (exchange.distributed and exchange.has_replicas):
-            return grad_sq, direction_sq, present
-        return grad_sq, direction_sq, present, norm_sq.double() * exchange.replicas[indices[0]].weight
+        asking = [run for run in runs if run.asks_for_sums]
+        end = self._sums([run.parts() for run in asking])
 
-    def _local_statistics(
-        self,
-        parameters: list[MatrixParameter],
-        exchange: Exchange,
-        grads: Sequence[Tensor | None],
-        indices: tuple[int, ...],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What counts of ``||G||^2``, ``||N||^2`` and of present gradients; and this rank's own ``||G||^2`` (K,)."""
-        first, device = parameters[indices[0]], exchange.device
-        layout, dtype, counts = first.layout, statistics_dtype(first.tensor), exchange.is_primary_replica(indices[0])
-        zeros = torch.zeros(len(indices), *layout.statistic_shape(self.per_column), dtype=dtype, device=device)
-        found = [grads[i] is not None for i in indices]
-        if not layout.region.numel or not any(found):
-            none = torch.zeros(len(indices), dtype=dtype, device=device)
-            return zeros, zeros, none, none
-        _, buffer, grad = self._momenta(parameters, exchange.workspace, grads, indices)
-        present = torch.ones(len(indices), dtype=dtype, device=device)
-        if not all(found):  # no list becomes a tensor: the device would wait for it
-            present = torch.stack(
-                [one if has else torch.zeros_like(one) for one, has in zip(present, found, strict=True)]
-            )
-        if not counts:  # the gradient of another replica enters the sums; this rank's only its own momentum
-            norm_sq = sum_of_squares(grad, dtype)
-            return zeros, zeros, torch.where(norm_sq.isfinite(), present, present / 2), norm_sq  # half: not valid
-        grad_sq = layout.sums_of_squares(grad, self.per_column, dtype, exchange.workspace)
-        norm_sq = grad_sq
-        if exchange.replicas[indices[0]].weight and grad_sq.dim() > 1:  # summed as on the other replicas
-            norm_sq = sum_of_squares(grad, dtype)
-        norm_sq = norm_sq.view(len(indices), -1).sum(dim=1)
-        if not self.adaptive:
-            return grad_sq, zeros, present, norm_sq
-        keys = {key: first.group[key] for key in ("momentum", "nesterov")}
-        direction = formulas.direction(grad, buffer, **keys, out=exchange.workspace.like(grad))
-        direction_sq = layout.sums_of_squares(direction, self.per_column, dtype, exchange.workspace)
-        return grad_sq, direction_sq, present, norm_sq
+        def go_on() -> None:
+            for run, of_run in zip(asking, end()[0], strict=True):
+                run.answer(of_run)
+            waiting = asking
+            while waiting:
+                for run in waiting:
+                    run.go_on()
+                waiting = [run for run in waiting if run.asks_for_sums]
+                self._answer(waiting)
+            if not all(run.has_ended for run in runs):
+                queue.appendleft(number)  # another polar factor
 
-    def _momenta(
-        self,
-        parameters: list[MatrixParameter],
-        workspace: Workspace,
-        grads: Sequence[Tensor | None],
-        indices: tuple[int, ...],
-    ) -> tuple[list[Tensor], Tensor, Tensor]:
-        """The local momenta of a stack; and in one tensor (K, ...) each, in one dtype, the momenta and the gradients.
+        return go_on
 
-        Where there is no gradient the momentum stands in for it: the average of M with M is M.
-        """
-        tensors = [parameters[i].tensor for i in indices]
-        momenta = [local_tensor(self.state[tensor]["momentum_buffer"]) for tensor in tensors]
-        dtype = torch.promote_types(tensors[0].dtype, momenta[0].dtype)
-        found = [m if (g := grads[i]) is None else g for i, m in zip(indices, momenta, strict=True)]
-        gradients = stack([tensor.to(dtype) for tensor in found], workspace)
-        return momenta, stack(momenta, workspace).to(dtype), gradients
-
-    # ------------------------------------------------------------------ updates
-
-    def _batch_updates(
-        self,
-        parameters: list[MatrixParameter],
-        batch: StatisticsBatch,
-        grad_sq: Tensor,
-        direction_sq: Tensor,
-        present: Tensor,
-    ) -> dict[tuple[int, ...], Update]:
-        """Advance step, skipped and v where gradients are valid; give the update of each stack."""
-        states = [self.state[parameters[i].tensor] for indices in batch.stacks for i in indices]
-        valid = batch.valid(grad_sq, direction_sq, present)
-        per_member = (-1,) + (1,) * (grad_sq.dim() - 1)
-
-        step = torch.stack([state["step"] for state in states])
-        v = torch.stack([state["v"] for state in states]) if self.adaptive else None
-        sizes, new_v = self._step_size(batch.group, grad_sq, direction_sq, v, (step + 1).view(per_member))
-        if v is not None and new_v is not None:
-            torch._foreach_copy_(
-                [state["v"] for state in states], list(torch.where(valid.view(per_member), new_v, v).unbind())
-            )
-        torch._foreach_add_([state["step"] for state in states], list(valid.to(step.dtype).unbind()))
-        skipped = ((present > 0) & ~valid).to(step.dtype)
-        torch._foreach_add_([state["skipped"] for state in states], list(skipped.unbind()))
-
-        group = batch.group
-        size = formulas.update_size(sizes, batch.factors, max_step=group.get("max_step"))
-        factor = formulas.decay_factor(
-            sizes,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            max_step=group.get("max_step"),
-            decay=group.get("decay", "lr"),
-            floor=self.per_column,
-        )
-        size = torch.where(valid.view(per_member), size, 0)
-        factor = torch.where(valid.view(per_member), factor, 1)
-        counts = [len(indices) for indices in batch.stacks]
-        parts = zip(*(torch.split(whole, counts) for whole in (valid, size, factor)), strict=True)
-        return {indices: Update(*part) for indices, part in zip(batch.stacks, parts, strict=True)}
-
-    def _step_size(
-        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Step sizes and new v, both (K, *statistic), from the statistics of K parameters; step is (K, 1...)."""
-        return torch.zeros_like(grad_sq) + group["lr"], None
-
-    def _shape_factor(self, shape: tuple[int, int], shape_scale: float | None) -> float:
-        """What the step size of a matrix (m, n) is multiplied by, from its shape alone."""
-        return formulas.shape_factor(shape, shape_scale)
-
-    def _directions(
-        self,
-        parameters: list[MatrixParameter],
-        exchange: Exchange,
-        grads: Sequence[Tensor | None],
-        indices: tuple[int, ...],
-        valid: Tensor,
-    ) -> Tensor:
-        """Update the momenta where valid; give the directions N (K, ...) to orthogonalize, in their wire dtype."""
-        first, workspace = parameters[indices[0]], exchange.workspace
-        shape = local_tensor(first.tensor).shape
-        sent = workspace.take((len(indices), *shape), wire_dtype(first), exchange.device)
-        with workspace.frame():
-            momenta, buffer, grad = self._momenta(parameters, workspace, grads, indices)
-            # Where not valid M stands in for G: nothing is updated, and the direction stays finite.
-            grad = torch.where(valid.view(-1, *(1 for _ in shape)), grad, buffer, out=workspace.like(grad))
-            formulas.update_momentum(grad, buffer, momentum=first.group["momentum"])
-            if first.group["nesterov"]:
-                direction = formulas.look_ahead(grad, buffer, momentum=first.group["momentum"], out=grad)
-            else:
-                direction = grad.copy_(buffer)
-            sent.copy_(self._to_orthogonalize(direction))
-            unstack(buffer, momenta)
-        return sent
-
-    def _to_orthogonalize(self, direction: Tensor) -> Tensor:
-        """What is orthogonalized, from N, which may be overwritten."""
-        return direction
-
-    def _work(
-        self, parameters: list[MatrixParameter], workspace: Workspace
-    ) -> Callable[[StackedTensors], list[Tensor]]:
+    def _work(self, runs: Runs) -> Callable[[int, dict[int, Tensor]], dict[int, Tensor]]:
         """What the exchange does with whole stored matrices: the polar factors of the true ones, stored alike."""
 
-        def polar(stacks: StackedTensors) -> list[Tensor]:
+        def polar(number: int, whole: dict[int, Tensor]) -> dict[int, Tensor]:
             results: dict[int, Tensor] = {}
             by_group: dict[int, list[int]] = defaultdict(list)
-            for position, (indices, _) in enumerate(stacks):
-                by_group[id(parameters[indices[0]].group)].append(position)
-            for positions in by_group.values():
-                firsts = [parameters[stacks[position][0][0]] for position in positions]
-                group, layouts = firsts[0].group, [first.layout for first in firsts]
+            for place in whole:
+                by_group[id(runs[number][place].stack.group)].append(place)
+            for places in by_group.values():
+                stacks = [runs[number][place].stack for place in places]
+                group = stacks[0].group
                 matrices = [
                     matrix
-                    for position, layout in zip(positions, layouts, strict=True)
-                    for matrix in layout.matrices(stacks[position][1])
+                    for place, stack in zip(places, stacks, strict=True)
+                    for matrix in stack.layout.matrices(whole[place].view(len(stack.parameters), *stack.layout.stored))
                 ]
                 factors = iter(
                     orthogonalize(
@@ -549,42 +420,44 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                         method=group["orthogonalizer"],
                         ns_steps=group["ns_steps"],
                         ns_coefficients=group["ns_coefficients"],
-                        workspace=workspace,
+                        workspace=self._exchange.workspace,
                     )
                 )
-                for position, layout in zip(positions, layouts, strict=True):
-                    results[position] = layout.store([next(factors) for _ in layout.blocks])
-            return [results[position] for position in range(len(stacks))]
+                for place, stack in zip(places, stacks, strict=True):
+                    results[place] = stack.layout.store([next(factors) for _ in stack.layout.blocks])
+            return results
 
         return polar
 
-    def _apply(
-        self,
-        parameters: list[MatrixParameter],
-        exchange: Exchange,
-        bucket: StackedTensors,
-        updates: dict[tuple[int, ...], Update],
-    ) -> None:
-        """Apply a bucket's polar factors (flat local shards) to the weights."""
-        for indices, ortho in bucket:
-            layout, update = parameters[indices[0]].layout, updates[indices]
-            weights = [local_tensor(parameters[i].tensor) for i in indices]
-            shape, weight = weights[0].shape, stack(weights, exchange.workspace)
-            formulas.apply_update(
-                weight,
-                exchange.workspace.like(weight, update.size.dtype).copy_(ortho.view(weight.shape)),
-                layout.expand_to_shard(update.size, self.per_column, shape),
-                layout.expand_to_shard(update.factor, self.per_column, shape),
-            )
-            unstack(weight, weights)
+    @property
+    def _exchange(self) -> Exchange:
+        return self._prepare()[2] if self._prepared is None else self._prepared[2]
+
+    def _start_from(self, states: list[dict[str, Any]]) -> None:
+        """The momentum counts as the gradient of a first step, where the rule keeps numbers of what came before."""
+        parameters, _, exchange = self._prepare()
+        runs = []
+        for index, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
+            requests = self._requests[id(parameter.group), parameter.layout.shape]
+            if requests.starts_numbers:
+                gradient = local_tensor(state["momentum_buffer"])
+                state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
+                stack = self._stack([index], parameters, exchange, {parameter.tensor: state})
+                stack.tolerance = None
+                runs.append(StackRun(stack, self.rule, requests, [gradient], exchange.workspace))
+        with exchange.workspace.frame():
+            self._leading_sums({0: runs}, [])
+        for run in runs:
+            with exchange.workspace.frame():
+                self._departing([run])
+            run.stack.state["step"].copy_(run.norm_sq > 0)
 
 
-def wire_dtype(parameter: MatrixParameter) -> torch.dtype:
-    """In which matrices are communicated: bfloat16 for Newton-Schulz, whatever it iterates in; else the parameter's."""
-    newton_schulz = parameter.group["orthogonalizer"] == "newton_schulz"
-    return torch.bfloat16 if newton_schulz else parameter.tensor.dtype
-
-
-def _cost(parameter: MatrixParameter) -> int:
-    keys = {key: parameter.group[key] for key in ("ns_steps", "ns_coefficients")}
-    return sum(newton_schulz_flops(shape, **keys) for shape in parameter.layout.matrix_shapes)
+def _present(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:
+    """First and end of each row of gradients that are there."""
+    first = 0
+    for is_there, members in itertools.groupby(grads, key=lambda grad: grad is not None):
+        end = first + sum(1 for _ in members)
+        if is_there:
+            yield first, end
+        first = end

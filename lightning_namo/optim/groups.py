@@ -24,6 +24,17 @@ from lightning_namo.sharding.local import local_tensor
 
 Params: TypeAlias = Iterable[Any] | ParameterGroups
 NUMBERS = itertools.count()  # of the optimizers of this process, copies too, in the order in which they are built
+ENGINE_DEFAULTS: Mapping[str, Any] = {  # of what a rule does not read: a subclass may leave them out
+    "ns_steps": 5,
+    "ns_coefficients": "quintic",
+    "orthogonalizer": "newton_schulz",
+    "shape_scale": 0.2,
+    "momentum_dtype": None,
+    "adamw_lr": None,
+    "adamw_betas": (0.9, 0.95),
+    "adamw_eps": 1e-8,
+    "adamw_weight_decay": 0.0,
+}
 
 
 class GroupedOptimizer(Optimizer):
@@ -59,6 +70,7 @@ class GroupedOptimizer(Optimizer):
                 f"{type(self).__name__}: expected groups of parameters but got a module, {type(params).__name__}. "
                 f"{_how_to_build(type(self).__name__)}"
             )
+        defaults = {**ENGINE_DEFAULTS, **defaults}
         matrix_defaults = {key: value for key, value in defaults.items() if not key.startswith("adamw_")}
         check_ranges({key: _plain(value) for key, value in matrix_defaults.items()}, type(self).__name__, self.ranges)
         self._number = next(NUMBERS)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
 from lightning_namo import types
-from lightning_namo.optim import formulas
-from lightning_namo.optim.engine import MatrixParameter, OrthogonalizedOptimizer, Update
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.optim.formulas import HyperParameters, ratio, rms_factor, shape_factor
 from lightning_namo.optim.groups import Params, hyper_parameters
 from lightning_namo.optim.ranges import MomentumDtype
-from lightning_namo.optim.state import statistics_dtype
+from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.sharding.exchange import Exchange, StackedTensors
-from lightning_namo.sharding.layout import Layout
-from lightning_namo.sharding.local import local_tensor, stack, unstack
 
 
 class Muon(OrthogonalizedOptimizer):
@@ -66,6 +62,11 @@ class Muon(OrthogonalizedOptimizer):
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))
+
+    def rule(self, x: Matrices, h: HyperParameters) -> Rule:
+        """One step."""
+        O = yield Polar(x.advance(h))
+        x.apply(O, step_size=h.lr * shape_factor(x.shape, h.shape_scale), decay=1 - h.lr * h.weight_decay)
 
 
 class AdaMuon(OrthogonalizedOptimizer):
@@ -125,40 +126,13 @@ class AdaMuon(OrthogonalizedOptimizer):
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))
 
-    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"v": torch.zeros_like(parameter, dtype=dtype)}
+    state: Any = {"v": "element"}
 
-    def _shape_factor(self, shape: tuple[int, int], shape_scale: float | None) -> float:
-        return formulas.adamuon_shape_factor(shape, shape_scale)
-
-    def _to_orthogonalize(self, direction: Tensor) -> Tensor:
-        return direction.sign_()
-
-    def _apply(
-        self,
-        parameters: list[MatrixParameter],
-        exchange: Exchange,
-        bucket: StackedTensors,
-        updates: dict[tuple[int, ...], Update],
-    ) -> None:
-        """Replace O by U and the step size by the one that the norm of U over all ranks gives."""
-        directions, partials = [], []
-        for indices, ortho in bucket:
-            first = parameters[indices[0]]
-            vs = [local_tensor(self.state[parameters[i].tensor]["v"]) for i in indices]
-            v, keys = stack(vs, exchange.workspace), {key: first.group[key] for key in ("beta2", "eps")}
-            direction, new_v = formulas.adamuon_direction(ortho.view(v.shape), v, **keys)
-            v.copy_(torch.where(updates[indices].valid.view(-1, *(1 for _ in vs[0].shape)), new_v, v))
-            unstack(v, vs)
-            directions.append((indices, direction))
-            norm_sq = first.layout.sums_of_squares(direction, False, statistics_dtype(first.tensor))
-            counts = exchange.is_primary_replica(indices[0])
-            partials.append((norm_sq if counts else torch.zeros_like(norm_sq)).flatten())
-        if not partials:
-            return
-        totals = torch.split(exchange.sum(torch.cat(partials)), [part.numel() for part in partials])
-        for (indices, _), total in zip(bucket, totals, strict=True):
-            update, eps = updates[indices], parameters[indices[0]].group["eps"]
-            direction_sq = total.to(update.size.dtype).view(update.size.shape)
-            update.size = formulas.adamuon_step_size(direction_sq, norm=update.size, eps=eps)
-        super()._apply(parameters, exchange, directions, updates)
+    def rule(self, x: Matrices, h: HyperParameters) -> Rule:
+        """One step."""
+        O = (yield Polar(x.advance(h).sign())).to(x.v.dtype)
+        x.v = x.v.lerp(O.square(), 1 - h.beta2)
+        U = ratio(O, x.v.sqrt() + h.eps)
+        (U_sq,) = yield Sum(x.square_sum(U))
+        norm = h.lr * rms_factor(x.shape, h.shape_scale)
+        x.apply(U, step_size=ratio(norm, U_sq.sqrt() + h.eps), decay=1 - h.lr * h.weight_decay)

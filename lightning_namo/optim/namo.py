@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
-import torch
-from torch import Tensor
-
 from lightning_namo import types
-from lightning_namo.optim import formulas
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
-from lightning_namo.optim.formulas import Decay
+from lightning_namo.optim.formulas import (
+    Decay,
+    HyperParameters,
+    adam_correction,
+    capped,
+    decay_factor,
+    ratio,
+    shape_factor,
+)
 from lightning_namo.optim.groups import Params, hyper_parameters
 from lightning_namo.optim.ranges import POSITIVE_OR_NONE, RANGES, MomentumDtype, Range, check, choice, is_number
+from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.sharding.layout import Layout
-from lightning_namo.sharding.local import local_tensor
 
 
 class _AdaptiveScale(OrthogonalizedOptimizer):
-    """What NAMO and NAMO-D share: v, the second moment of the gradient's norms, and its hyper-parameters."""
+    """What NAMO and NAMO-D share: ranges of their hyper-parameters."""
 
-    adaptive = True
     ranges: ClassVar[Mapping[str, Range]] = {**RANGES, "max_step": POSITIVE_OR_NONE, "decay": choice(*get_args(Decay))}
 
     def _validate(self, group: dict[str, Any]) -> None:
@@ -36,30 +38,6 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
             f"above momentum^2 = {momentum**2:g} (else the adaptive scale is unbounded)",
             beta2,
         )
-
-    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-        return {"v": torch.zeros(layout.statistic_shape(self.per_column), dtype=dtype, device=parameter.device)}
-
-    def _start_from(self, states: list[dict[str, Any]]) -> None:
-        """The momentum counts as the gradient of a first step."""
-        parameters, _, exchange = self._prepare()
-        parts = [
-            parameter.layout.sums_of_squares(
-                local_tensor(state["momentum_buffer"])[None], self.per_column, state["v"].dtype
-            )
-            * exchange.is_primary_replica(i)
-            for i, (parameter, state) in enumerate(zip(parameters, states, strict=True))
-        ]
-        totals = exchange.sum(torch.cat([part.flatten().to(exchange.device, torch.float64) for part in parts]))
-        split = torch.split(totals, [part.numel() for part in parts])
-        for parameter, state, total in zip(parameters, states, split, strict=True):
-            gradient, gradient_sq = state["momentum_buffer"], total.view(state["v"].shape).to(state["v"].dtype)
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-            formulas.update_momentum(gradient, state["momentum_buffer"], momentum=parameter.group["momentum"])
-            first = torch.ones_like(state["step"])
-            _, v = self._step_size(parameter.group, gradient_sq, gradient_sq, state["v"], first)
-            state["v"] = state["v"] if v is None else v
-            state["step"] = (total.sum() > 0).to(first.dtype)
 
 
 class NAMO(_AdaptiveScale):
@@ -131,12 +109,16 @@ class NAMO(_AdaptiveScale):
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))
 
-    def _step_size(
-        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        assert v is not None
-        keys = {key: group[key] for key in ("lr", "momentum", "beta2", "eps")}
-        return formulas.namo_step_size(grad_sq, direction_sq, v, step=step, **keys)
+    state: Any = {"v": "matrix"}
+
+    def rule(self, x: Matrices, h: HyperParameters) -> Rule:
+        """Algorithm 1."""
+        G_sq, N_sq = yield Sum(x.square_sum(x.grad), x.square_sum(x.look_ahead(h)))
+        x.v = h.beta2 * x.v + (1 - h.beta2) * G_sq
+        a = h.lr * adam_correction(x.step, h) * ratio(N_sq.sqrt(), x.v.sqrt() + h.eps)
+        O = yield Polar(x.advance(h))
+        s = shape_factor(x.shape, h.shape_scale)
+        x.apply(O, step_size=capped(a * s, h.max_step), decay=decay_factor(a, h))
 
 
 class NAMOD(_AdaptiveScale):
@@ -178,7 +160,6 @@ class NAMOD(_AdaptiveScale):
         "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 2.
     """
 
-    per_column = True
     ranges: ClassVar[Mapping[str, Range]] = {
         **_AdaptiveScale.ranges,
         "clamp": Range(
@@ -211,9 +192,17 @@ class NAMOD(_AdaptiveScale):
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))
 
-    def _step_size(
-        self, group: dict[str, Any], grad_sq: Tensor, direction_sq: Tensor, v: Tensor | None, step: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        assert v is not None
-        keys = {key: group[key] for key in ("lr", "momentum", "beta2", "eps", "clamp")}
-        return formulas.namo_d_step_size(grad_sq, direction_sq, v, step=step, **keys)
+    state: Any = {"v": "column"}
+
+    def rule(self, x: Matrices, h: HyperParameters) -> Rule:
+        """Algorithm 2."""
+        G_sq, N_sq = yield Sum(x.column_square_sum(x.grad), x.column_square_sum(x.look_ahead(h)))
+        x.v = h.beta2 * x.v + (1 - h.beta2) * G_sq
+        r = ratio(N_sq.sqrt(), x.v.sqrt() + h.eps)
+        if h.clamp:
+            mean = r.mean(dim=-1, keepdim=True)
+            r = r.clamp(min=h.clamp * mean, max=mean / h.clamp)
+        a = h.lr * adam_correction(x.step, h) * r
+        O = yield Polar(x.advance(h))
+        s = shape_factor(x.shape, h.shape_scale)
+        x.apply(O, step_size=capped(a * s, h.max_step), decay=decay_factor(a, h).clamp(min=0.0))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from lightning_namo.optim.adamw import adamw_state
 from lightning_namo.optim.formulas import bias_correction
 from lightning_namo.optim.groups import NUMBERS, GroupedOptimizer, no_module, parameter_names, validate_adamw
 from lightning_namo.optim.ranges import check
+from lightning_namo.optim.stack import StateKind, momentum_dtype, statistics_dtype
 from lightning_namo.sharding.discovery import holds_fsdp1, region_of
-from lightning_namo.sharding.layout import Layout
+from lightning_namo.sharding.local import local_tensor
 
 # Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means in a state.
 ADDED_KEYS: dict[str, Any] = {"transposed": False, "blocks": 1, "momentum_dtype": None}
@@ -37,8 +38,7 @@ class StatefulOptimizer(GroupedOptimizer):
         has_adopted: Whether it did.
     """
 
-    per_column: ClassVar[bool] = False  # whether statistics are kept by column
-    adaptive: ClassVar[bool] = False  # whether the step size is NAMO's, from ||N|| and a v of the whole matrix
+    state: Any = {}  # of the class: kinds of states that the subclass adds, by name; of an optimizer: as torch's
     adopt_state: bool = False
     has_adopted: bool = False
     _adamw_skipped: Tensor | None = None
@@ -51,17 +51,24 @@ class StatefulOptimizer(GroupedOptimizer):
     def _initial_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         if not group["orthogonalize"]:
             return adamw_state(parameter)
-        dtype = statistics_dtype(parameter)
+        dtype, layout = statistics_dtype(parameter), self._layout("a parameter", parameter, group)
         return {
-            "momentum_buffer": torch.zeros_like(parameter, dtype=_momentum_dtype(group)),
+            "momentum_buffer": torch.zeros_like(parameter, dtype=momentum_dtype(group)),
             "step": torch.zeros((), dtype=dtype, device=parameter.device),
             "skipped": torch.zeros((), dtype=dtype, device=parameter.device),
-            **self._extra_state(parameter, self._layout("a parameter", parameter, group), dtype),
+            **{
+                key: torch.zeros_like(parameter, dtype=dtype)
+                if kind == "element"
+                else torch.zeros(layout.statistic_shape(kind), dtype=dtype, device=parameter.device)
+                for key, kind in self._kinds.items()
+            },
         }
 
-    def _extra_state(self, parameter: Tensor, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
-        """What a subclass keeps besides momentum."""
-        return {}
+    @property
+    def _kinds(self) -> dict[str, StateKind]:
+        """The kinds of the states that the subclass adds to the momentum."""
+        kinds: dict[str, StateKind] = type(self).state
+        return kinds
 
     def _fill_state(self) -> None:
         """Give parameters that have no state a fresh one.
@@ -82,21 +89,23 @@ class StatefulOptimizer(GroupedOptimizer):
                 dtypes = dict.fromkeys(("exp_avg", "exp_avg_sq"), parameter.dtype)
                 if group["orthogonalize"]:
                     dtypes = dict.fromkeys(self.state[parameter], statistics_dtype(parameter))
-                    dtypes["momentum_buffer"] = _momentum_dtype(group) or parameter.dtype
+                    dtypes["momentum_buffer"] = momentum_dtype(group) or parameter.dtype
                 for key, value in self.state[parameter].items():
                     if isinstance(value, Tensor):
                         self.state[parameter][key] = value.to(parameter.device, dtypes.get(key, value.dtype))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; under FSDP1 in the form that FSDP1 can gather (`lightning_namo.checkpoint`)."""
-        self._fill_state()
-        state_dict = super().state_dict()
-        if holds_fsdp1(self._module()):
-            ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-            state_dict["state"] = {
-                i: flat_form(parameter) for i, parameter in zip(ids, self._parameter_states(), strict=True)
-            }
-        return state_dict
+        states = self._parameter_states()
+        is_flat = holds_fsdp1(self._module())
+        saved = [flat_form(parameter, self._kinds) if is_flat else parameter.state for parameter in states]
+        own, self.state = self.state, defaultdict(dict)
+        try:  # torch's gives what is in the attribute to its hooks
+            for parameter, state in zip(states, saved, strict=True):
+                self.state[parameter.tensor] = {key: _of_its_own(value) for key, value in state.items()}
+            return super().state_dict()
+        finally:
+            self.state = own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but by the parameters' names where there are any, and with the dtypes of this optimizer's state.
@@ -147,10 +156,8 @@ class StatefulOptimizer(GroupedOptimizer):
         for group in self.param_groups:
             for name, parameter in zip(parameter_names(group), group["params"], strict=True):
                 shape, region = self._regions.get(parameter) or region_of(parameter, name)
-                per_column = self.per_column if self.adaptive and group["orthogonalize"] else None
-                parameters.append(
-                    ParameterState(name, parameter, group, self.state[parameter], shape, region, per_column)
-                )
+                kinds = self._kinds if group["orthogonalize"] else {}
+                parameters.append(ParameterState(name, parameter, group, self.state[parameter], shape, region, kinds))
         return parameters
 
     def _read(
@@ -189,9 +196,12 @@ class StatefulOptimizer(GroupedOptimizer):
         """Give matrices, in their order, whose momentum came from elsewhere, the state to go on with it."""
 
     def __getstate__(self) -> dict[str, Any]:
-        hyper = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions", "bucket_bytes", "adopt_state")
-        own = (*hyper, "adamw_follows", "_adamw_skipped")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own if key in self.__dict__}}
+        hyper = ("_matrix_defaults", "_adamw_defaults", "_templates", "_regions", "adamw_follows")
+        own = (*hyper, "bucket_bytes", "batched", "adopt_state", "_adamw_skipped")
+        state = super().__getstate__()
+        of_parameters = {p: {key: _of_its_own(v) for key, v in of_p.items()} for p, of_p in self.state.items()}
+        state["state"] = defaultdict(dict, of_parameters)
+        return {**state, **{key: self.__dict__[key] for key in own if key in self.__dict__}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As torch's, which calls it on load, too: a state that lacks what newer versions have gets their defaults."""
@@ -241,12 +251,9 @@ def _merged(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {**copy.deepcopy(loaded), **{key: own[key] for key in kept if key in own}}
 
 
-def _momentum_dtype(group: dict[str, Any]) -> torch.dtype | None:
-    """None: the parameter's. Groups of older checkpoints have no such key."""
-    name = group.get("momentum_dtype")
-    return None if name is None else cast(torch.dtype, getattr(torch, name))
-
-
-def statistics_dtype(parameter: Tensor) -> torch.dtype:
-    """float32, or float64 for float64 parameters."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+def _of_its_own(value: Any) -> Any:
+    """A view of a stack as a tensor that is saved at its own size."""
+    if not isinstance(value, Tensor) or value.is_meta:
+        return value
+    local = local_tensor(value)
+    return value if local.untyped_storage().nbytes() == local.nbytes else value.clone()

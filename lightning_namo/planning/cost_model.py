@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_namo.optim.engine import MatrixParameter, OrthogonalizedOptimizer
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.groups import parameter_names
-from lightning_namo.optim.muon import AdaMuon
+from lightning_namo.optim.stack import MatrixParameter
 from lightning_namo.planning.memory import local_memory, peak_buffers
 from lightning_namo.planning.simulated_mesh import SimulatedMesh
 from lightning_namo.planning.traffic import BucketTraffic, overlapped, sent_and_received
@@ -207,7 +207,7 @@ def estimate(
     dims = find_divided(optimizer, mesh, divided)
     assignment = assign(published_matrices(whole, parameters, mesh, dims), exchange.bucket_bytes)
     traffic = [BucketTraffic.of(assignment, bucket, whole, R) for bucket in assignment.buckets]
-    buffers = peak_buffers(assignment, parameters, traffic, R, dtype)
+    buffers = peak_buffers(optimizer, assignment, parameters, traffic, R, dtype)
     memory = local_memory(optimizer, mesh, dims)
     owned, flops = [0] * R, [0] * R
     for owner, matrix in zip(assignment.owners, whole, strict=True):
@@ -276,21 +276,22 @@ def _all_reduces(
 ) -> tuple[int, int]:
     """Number of all-reduces of a step, and their bytes.
 
-    The first has ``||G||^2``, ``||N||^2`` and flags of each parameter, two numbers of each rank, and where there are
-    replicas, in float64, one number more of each matrix and two of the others.
+    The first has what the rule asks for first of all, or ``||G||^2``, and a flag of each parameter, two numbers of each
+    rank, and where there are replicas, in float64, one number more of each matrix and two of the others.
     """
-    numbers = sum(2 * math.prod(parameter.layout.statistic_shape(optimizer.per_column)) + 1 for parameter in parameters)
     groups = [group["params"] for group in optimizer.param_groups if not group["orthogonalize"]]
+    itemsize = 8 if any(parameter.tensor.dtype == torch.float64 for parameter in parameters) else 4
+    requests = [optimizer.requests(parameter) for parameter in parameters]
+    first = [r.sums[0] if r.sums_first else len(p.layout.blocks) for r, p in zip(requests, parameters, strict=True)]
+    numbers = sum(first) + len(parameters)
     numbers += sum(1 + 2 * len(params) for params in groups if params) + 2 * ranks
     if replicated:
         numbers += len(parameters) + 2 * sum(map(len, groups))
-    itemsize = 8 if any(parameter.tensor.dtype == torch.float64 for parameter in parameters) else 4
     size = numbers * (8 if replicated else itemsize)
-    if not isinstance(optimizer, AdaMuon):
-        return 1, size
-    return 1 + buckets, size + itemsize * sum(
-        math.prod(parameter.layout.statistic_shape(False)) for parameter in parameters
-    )
+    size += itemsize * sum(sum(r.sums[r.sums_first :]) for r in requests)
+    leading = max(r.leading - r.sums_first for r in requests)
+    later = max(r.kinds[r.leading :].count("sum") for r in requests)
+    return 1 + leading + later * buckets, size
 
 
 def _bytes(matrix: Matrix) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_namo.optim.engine import MatrixParameter, OrthogonalizedOptimizer, wire_dtype
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.optim.stack import MatrixParameter
 from lightning_namo.planning.simulated_mesh import SimulatedMesh
 from lightning_namo.planning.traffic import BucketTraffic
 from lightning_namo.sharding.assignment import Assignment
@@ -21,53 +22,59 @@ SVD_WORKSPACE = 9.0
 
 
 def peak_buffers(
+    optimizer: OrthogonalizedOptimizer,
     assignment: Assignment,
     parameters: Sequence[MatrixParameter],
     traffic: Sequence[BucketTraffic],
     ranks: int,
     dtype: torch.dtype,
 ) -> list[int]:
-    """By rank: the most bytes in use at a time in `Exchange.map` and what it calls."""
-    of_buckets = [_Scratch.of(assignment, parameters, bucket, ranks, dtype) for bucket in assignment.buckets]
+    """By rank: the most bytes in use at a time in a step, above parameters, gradients and state."""
+    of_buckets = [_Scratch.of(optimizer, assignment, parameters, bucket, ranks, dtype) for bucket in assignment.buckets]
     peaks = [0] * ranks
     for rank in range(ranks):
-        none = _Scratch.none()
-        scratch = [none, *(of_rank[rank] for of_rank in of_buckets), none]
+        none = _Scratch()
+        scratch = [none, none, *(of_rank[rank] for of_rank in of_buckets), none]
         if ranks == 1:
-            peaks[rank] = max(s.shards + max(s.elementwise, s.owned + max(s.working, s.applied)) for s in scratch)
+            peaks[rank] = max(
+                max(s.leading, s.shards + max(s.departing, s.held + s.owned + max(s.working, s.applied)))
+                for s in scratch
+            )
             continue
-        there = [0, *(bucket.shards_sent[rank] + bucket.shards_received[rank] for bucket in traffic), 0]
-        there = [s.owned + moving for s, moving in zip(scratch, there, strict=True)]
-        back = [0, *(bucket.results_sent[rank] + bucket.results_received[rank] for bucket in traffic), 0]
-        back = [s.own + moving for s, moving in zip(scratch, back, strict=True)]
-        for k in range(len(traffic) + 1):  # bucket k is orthogonalized, k + 1 is sent, results of k - 1 are returned
-            following = scratch[k + 1]
-            left = back[k - 1] if k else 0
-            departing = there[k] + following.shards + max(following.elementwise, there[k + 1])
-            at_work = there[k + 1] + 2 * scratch[k].owned + max(scratch[k].working, back[k])
-            applied = there[k + 1] + back[k] + (scratch[k - 1].applied if k else 0)
+        there = [0, 0, *(bucket.shards_sent[rank] + bucket.shards_received[rank] for bucket in traffic), 0]
+        there = [s.owned + s.held + moving for s, moving in zip(scratch, there, strict=True)]
+        back = [0, 0, *(bucket.results_sent[rank] + bucket.results_received[rank] for bucket in traffic), 0]
+        back = [s.own + s.held + moving for s, moving in zip(scratch, back, strict=True)]
+        peaks[rank] = max(s.leading for s in scratch)
+        for k in range(2, len(traffic) + 3):  # bucket k is orthogonalized, k + 1 is sent, k - 1 returned, k - 2 waits
+            following = scratch[k + 1] if k + 1 < len(scratch) else none
+            ahead = there[k + 1] if k + 1 < len(there) else 0
+            left = back[k - 1] + (scratch[k - 2].waiting and back[k - 2] + scratch[k - 2].waiting)
+            departing = there[k] + following.shards + max(following.departing, ahead)
+            at_work = ahead + 2 * scratch[k].owned + scratch[k].held + max(scratch[k].working, back[k])
+            applied = ahead + back[k] + max(scratch[k - 1].applied, scratch[k - 1].waiting + scratch[k - 2].applied)
             peaks[rank] = max(peaks[rank], left + max(departing, at_work, applied))
     return peaks
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Scratch:
-    """Bytes of one bucket on one rank."""
+    """Bytes of one bucket on one rank; those of the rule as `trial.Scratch`, its stacks one after the other."""
 
-    shards: int  # local directions, in the wire dtype
-    elementwise: int  # stacked gradients and momenta, and what is made of them
-    owned: int  # whole matrices
-    own: int  # the local part of the results of those
-    working: int  # the iteration beside its argument and its results
-    applied: int  # polar factors in the dtype of the statistics, and stacked weights
-
-    @classmethod
-    def none(cls) -> _Scratch:
-        return cls(0, 0, 0, 0, 0, 0)
+    shards: int = 0  # local directions, in the wire dtype
+    owned: int = 0  # whole matrices
+    own: int = 0  # the local part of the results of those
+    working: int = 0  # the iteration beside its argument and its results
+    leading: int = 0
+    departing: int = 0
+    applied: int = 0
+    held: int = 0  # of all stacks
+    waiting: int = 0
 
     @classmethod
     def of(
         cls,
+        optimizer: OrthogonalizedOptimizer,
         assignment: Assignment,
         parameters: Sequence[MatrixParameter],
         bucket: Sequence[int],
@@ -75,34 +82,36 @@ class _Scratch:
         dtype: torch.dtype,
     ) -> list[_Scratch]:
         """By rank, where the iteration runs in dtype."""
-        shards, owned, own = ([0] * ranks for _ in range(3))
+        found = [cls() for _ in range(ranks)]
         stacks: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
         for index in bucket:
-            itemsize, owner = wire_dtype(parameters[index]).itemsize, assignment.owners[index]
-            owned[owner] += math.prod(parameters[index].layout.stored) * itemsize
-            own[owner] += assignment.regions[owner][index].numel * itemsize
+            itemsize, owner = parameters[index].wire_dtype.itemsize, assignment.owners[index]
+            found[owner].owned += math.prod(parameters[index].layout.stored) * itemsize
+            found[owner].own += assignment.regions[owner][index].numel * itemsize
             for rank in range(ranks):
-                shards[rank] += assignment.regions[rank][index].numel * itemsize
+                found[rank].shards += assignment.regions[rank][index].numel * itemsize
             stacks[owner, parameters[index].layout.stored].append(index)
-        elementwise, applied, working = ([0] * ranks for _ in range(3))
         squares: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         for (owner, _), indices in stacks.items():
-            copies = (0, 0) if len(indices) == 1 else (2, 1)  # a single matrix is not copied
+            of_rule, first = optimizer.scratch(parameters[indices[0]], len(indices)), parameters[indices[0]]
             for rank in range(ranks):
-                local = sum(assignment.regions[rank][i].numel * parameters[i].tensor.itemsize for i in indices)
-                elementwise[rank] = max(elementwise[rank], (2 + copies[0]) * local)
-                applied[rank] = max(applied[rank], (1 + copies[1]) * local)
+                numel, one = sum(assignment.regions[rank][i].numel for i in indices), found[rank]
+                one.leading = max(one.leading, round(of_rule.leading * numel))
+                one.departing = max(one.departing, round(of_rule.departing * numel))
+                one.applied = max(one.applied, round(of_rule.applied * numel))
+                one.held += round(of_rule.held * numel)
+                one.waiting += round(of_rule.waiting * numel)
             for m, n in (shape for i in indices for shape in parameters[i].layout.matrix_shapes):
-                short, wire = min(m, n), wire_dtype(parameters[indices[0]])
+                short, wire = min(m, n), first.wire_dtype
                 squares[owner][short] += (m * n + 4 * short * short) * dtype.itemsize
                 if dtype != wire:  # it ends in a tensor of its own; the results are made after the squares are freed
                     squares[owner][short] += m * n * (dtype.itemsize - wire.itemsize)
-            if parameters[indices[0]].group["orthogonalizer"] == "svd":
+            if first.group["orthogonalizer"] == "svd":
                 sizes = [math.prod(parameters[i].layout.stored) * parameters[i].tensor.itemsize for i in indices]
-                working[owner] = max(working[owner], int(SVD_WORKSPACE * sum(sizes)))
+                found[owner].working = max(found[owner].working, int(SVD_WORKSPACE * sum(sizes)))
         for owner, of_shorts in squares.items():
-            working[owner] = max(working[owner], *of_shorts.values())
-        return [cls(*sizes) for sizes in zip(shards, elementwise, owned, own, working, applied, strict=True)]
+            found[owner].working = max(found[owner].working, *of_shorts.values())
+        return found
 
 
 def local_memory(

@@ -23,7 +23,7 @@ def plan(
     layout: str | None = None,
     replicas: types.PositiveInt | None = None,
     tensor: types.PositiveInt | None = None,
-    bucket_mib: types.PositiveFloat = 32.0,
+    bucket_mib: types.PositiveFloat | None = None,
     link_gbytes: types.PositiveFloat = 50.0,
     tflops: types.PositiveFloat = 400.0,
     peak_tflops: types.PositiveFloat = 989.0,
@@ -45,8 +45,9 @@ def plan(
         layout: ddp, fsdp2, hsdp or fsdp2_tp; by default the recipe's strategy, without a recipe fsdp2.
         replicas: Copies of the sharded model, of hsdp and fsdp2_tp; by default the recipe's, or ranks / 8 for hsdp.
         tensor: Ranks that share each block, of fsdp2_tp; by default the recipe's, or 2.
-        bucket_mib: MiB of matrices that a rank assembles at a time (the optimizer's bucket_bytes; runs on CPUs take 8).
-            Buffers are those of the bfloat16 iteration, unless LIGHTNING_NAMO_ITERATION_DTYPE=float32 is set.
+        bucket_mib: MiB of matrices that a rank assembles at a time (the optimizer's bucket_bytes); by default 320, as
+            on accelerators of 80 GiB. Runs on CPUs take 8. Buffers are those of the bfloat16 iteration, unless
+            LIGHTNING_NAMO_ITERATION_DTYPE=float32 is set.
         link_gbytes: GB/s that a rank sends, and receives at the same time.
         tflops: TFLOP/s that a rank achieves in the bfloat16 iteration.
         peak_tflops: TFLOP/s of a rank at best; 989 is the H100's for dense bfloat16 matrices.
@@ -73,7 +74,7 @@ def plan(
     mesh = SimulatedMesh.of(layout, ranks, replicas, tensor)
     check_heads(built.module, mesh)
     optimizer = recipe_optimizer(built.module, optim or OptimizerCallback())
-    optimizer.bucket_bytes = int(bucket_mib * 2**20)
+    optimizer.bucket_bytes = None if bucket_mib is None else int(bucket_mib * 2**20)
     tokens = tokens_per_step or built.tokens or _tokens(data, settings, mesh)
     rates = Rates(link_gbytes, tflops, peak_tflops, model_flops_utilization)
     result = estimate(optimizer, mesh, rates, tokens)

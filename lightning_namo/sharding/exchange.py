@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,8 @@ from lightning_namo.sharding.process_group import collective, current_group, ini
 from lightning_namo.sharding.publication import Published, Replicas, publish
 from lightning_namo.workspace import Workspace
 
-BUCKET_BYTES = 32 * 2**20  # by default; small matrices fill an accelerator in stacks only
+BUCKET_SHARE = 256  # of an accelerator's memory, by default: few calls, and a step needs 11 to 17 buckets
+BUCKET_BYTES = 320 * 2**20  # by default where its memory is not known: 1/256 of 80 GiB
 CPU_BUCKET_BYTES = 8 * 2**20  # on CPUs, which one matrix keeps busy: less memory, more overlap of communication
 CACHED_ELEMENTS = 2**20  # bound on a stack on CPUs, where larger ones leave the cache between operations
 
@@ -45,7 +46,8 @@ class _AllToAllSpec:
 
     sends: list[tuple[int, int, ShardRegion]]
     receives: list[tuple[int, int, ShardRegion]]
-    needed: bool  # by any rank: all take part or none
+    needed_by: set[int]  # stacks for which any rank needs it: all ranks take part or none
+    bucket: int
 
 
 @dataclass
@@ -53,11 +55,6 @@ class _InFlight:
     work: dist.Work | None
     received: Tensor
     sent: Tensor  # kept alive until the communication is over
-
-
-StackedTensors: TypeAlias = list[
-    tuple[tuple[int, ...], Tensor]
-]  # indices of K matrices, and one tensor (K, ...) of them
 
 
 class Exchange:
@@ -68,9 +65,11 @@ class Exchange:
     Args:
         matrices: This rank's view of every matrix.
         device: Where tensors live.
-        bucket_bytes: See `assign`; up to three buckets are in flight. None: 8 MiB on CPUs, else 32 MiB.
+        bucket_bytes: See `assign`; up to three buckets are in flight. None: 8 MiB on
+            CPUs, else a 256th of the accelerator's memory, the smallest of all ranks.
         describe: Gives what else the ranks must agree on; called if there are other ranks.
         workspace: Memory for shards and results while a bucket is worked on.
+        batched: Whether many matrices are worked on together, as suits accelerators. None: on all devices but CPUs.
 
     Attributes:
         assignment: Who owns, sends and receives what.
@@ -93,18 +92,21 @@ class Exchange:
         bucket_bytes: int | None,
         describe: Callable[[], Published],
         workspace: Workspace,
+        batched: bool | None = None,
     ) -> None:
         self.matrices = list(matrices)
         self.workspace = workspace
         self.device = device
         self.rank, self.world_size = rank_and_world_size()
-        default = CPU_BUCKET_BYTES if device.type == "cpu" else BUCKET_BYTES
-        self.bucket_bytes = default if bucket_bytes is None else bucket_bytes
+        self.batched = device.type != "cpu" if batched is None else batched
+        default = bucket_bytes_by_default(device) if self.batched else CPU_BUCKET_BYTES
+        self.bucket_bytes = default if bucket_bytes is None else bucket_bytes  # of other ranks may be smaller: below
         self.group: Callable[[], Any] = weakref.ref(dist.group.WORLD) if initialized() else _no_group
         by_rank: list[Sequence[Matrix]] = [self.matrices]
         published: list[Published] = []
         if self.distributed:
-            by_rank, published, self.number = publish(self.matrices, describe(), self.bucket_bytes)
+            told = publish(self.matrices, describe(), bucket_bytes, default)
+            by_rank, published, self.number, self.bucket_bytes = told
         self.assignment = assign(by_rank, self.bucket_bytes)
         of_matrices, of_adamw = [p.matrices for p in published], [p.adamw for p in published]
         if any(p.compare for p in published):
@@ -126,10 +128,11 @@ class Exchange:
         self.tolerance_of_adamw = torch.tensor(bounds, dtype=wide, device=device)
         self.holder_counts = [len(self.assignment.holders(i)) for i in range(len(matrices))]
         self.buckets = [self._stacks(bucket) for bucket in self.assignment.buckets]
-        if not self.distributed and device.type == "cpu":  # nothing is sent, and small stacks stay in the cache
+        if not self.distributed and not self.batched:  # nothing is sent, and small stacks stay in the cache
             self.buckets = [[stack] for bucket in self.buckets for stack in bucket]
-        self._shard_specs = [self._shards_spec(bucket) for bucket in self.buckets]
-        self._result_specs = [self._results_spec(bucket) for bucket in self.buckets]
+        self._shard_specs = [self._shards_spec(*numbered) for numbered in enumerate(self.buckets)]
+        self._result_specs = [self._results_spec(*numbered) for numbered in enumerate(self.buckets)]
+        self._dtypes = [self.matrices[bucket[0].indices[0]].dtype for bucket in self.buckets]
 
     @property
     def distributed(self) -> bool:
@@ -162,73 +165,79 @@ class Exchange:
 
     def sum(self, partials: Tensor) -> Tensor:
         """Sum a tensor over the ranks, in place; the same bits on all of them."""
-        if self.distributed:
-            with collective("sum their statistics"):
-                dist.all_reduce(partials)
+        self.start_sum(partials)()
         return partials
+
+    def start_sum(self, partials: Tensor) -> Callable[[], object]:
+        """Start to sum a tensor over the ranks, in place; what is returned waits for it."""
+        if not self.distributed:
+            return _no_group
+        with collective("sum their statistics"):
+            work = dist.all_reduce(partials, async_op=True)
+
+        def wait() -> None:
+            with collective("sum their statistics"):
+                work.wait()
+
+        return wait
 
     def map(
         self,
-        active: Collection[int],
-        shards: Callable[[tuple[int, ...]], Tensor],
-        work: Callable[[StackedTensors], list[Tensor]],
-    ) -> Iterator[StackedTensors]:
+        queue: deque[int],
+        shards: Callable[[int], dict[int, Tensor]],
+        work: Callable[[int, dict[int, Tensor]], dict[int, Tensor]],
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
         """Apply work to whole matrices and yield this rank's shards of the results, bucket by bucket.
 
         The next bucket's communication runs while the caller and ``work`` compute on this one.
 
         Args:
-            active: Matrices that take part: the same on all ranks, and all of them if there are other ranks.
-            shards: Gives this rank's shards of some matrices as one tensor (K, ...), in their dtype; called once for
-                each matrix, when it is sent.
-            work: From stacks (K, rows, columns) of whole stored matrices to results of the same shapes and dtypes.
-                Its inputs may be the shards themselves: it must not modify them.
+            queue: Numbers of the buckets to do, the same on all ranks. The caller may put more into it meanwhile.
+            shards: Gives this rank's shards of a bucket's stacks as tensors (K, ...), in their dtype, by their place in
+                the bucket; stacks may be missing, the same on all ranks.
+            work: From the places and stacks (K, rows, columns) of whole stored matrices that this rank owns to results
+                of the same shapes and dtypes. Its inputs may be the shards themselves: it must not modify them.
 
         Both may give tensors of the workspace's current frame.
 
         Yields:
-            For each bucket stacks (K, elements) of the flat local results; elements are 0 for empty shards. They are
-            valid until the next.
+            The number of a bucket, and by place stacks (K, elements) of the flat local results; elements are 0 for
+            empty shards. With one process they are valid until the next.
         """
-        buckets = [self._active(stacks, active) for stacks in self.buckets]
         if not self.distributed:
-            for stacks in buckets:
+            while queue:
+                number = queue.popleft()
                 with self.workspace.frame():
-                    yield self._run_alone(stacks, shards, work)
+                    results = work(number, shards(number))
+                    yield number, {place: result.flatten(1) for place, result in results.items()}
             return
-        arriving = self._send_shards(0, buckets[0], shards) if buckets else None
-        returning: tuple[list[Stack], dict[int, Tensor], _AllToAllSpec, _InFlight] | None = None
-        for number, stacks in enumerate(buckets):
-            assert arriving is not None
-            following = (
-                self._send_shards(number + 1, buckets[number + 1], shards) if number + 1 < len(buckets) else None
-            )
-            whole = self._receive_shards(stacks, self._shard_specs[number], *arriving)
-            arriving = following  # received shards are copied into the matrices: their buffers are free during the work
-            with self.workspace.frame():
-                results = work([(stacks[place].indices, stack) for place, stack in whole.items()])
-                back = self._send_results(number, stacks, dict(zip(whole, results, strict=True)))
-            del whole, results
+        arriving, returning = self._next(queue, shards), None
+        while arriving is not None or returning is not None or queue:
+            following, back = self._next(queue, shards), None
+            if arriving is not None:
+                number, counts = arriving[:2]
+                whole = self._receive_shards(*arriving)
+                arriving = None  # received shards are in the matrices: their buffers are free during the work
+                with self.workspace.frame():
+                    back = self._send_results(number, counts, work(number, whole))
+                del whole
+            arriving = following
             if returning is not None:
-                yield self._receive_results(*returning)
+                yield returning[0], self._receive_results(*returning)
             returning = back
-        if returning is not None:
-            yield self._receive_results(*returning)
 
-    def _run_alone(
-        self,
-        stacks: list[Stack],
-        shards: Callable[[tuple[int, ...]], Tensor],
-        work: Callable[[StackedTensors], list[Tensor]],
-    ) -> StackedTensors:
-        whole = [
-            (s.indices, shards(s.indices).view(len(s.indices), *self.matrices[s.indices[0]].shape)) for s in stacks
-        ]
-        return [(indices, result.flatten(1)) for (indices, _), result in zip(whole, work(whole), strict=True)]
+    def _next(
+        self, queue: deque[int], shards: Callable[[int], dict[int, Tensor]]
+    ) -> tuple[int, dict[int, int], dict[int, Tensor], _InFlight] | None:
+        """Send the shards of the next bucket in the queue."""
+        if not queue:
+            return None
+        number = queue.popleft()
+        return (number, *self._send_shards(number, shards))
 
     def _stacks(self, bucket: Sequence[int]) -> list[Stack]:
         """Group a bucket's matrices that are of one kind and laid out alike on every rank."""
-        limit = CACHED_ELEMENTS if self.device.type == "cpu" else math.inf
+        limit = math.inf if self.batched else CACHED_ELEMENTS
         alike: dict[Any, list[list[int]]] = defaultdict(lambda: [[]])
         for index in bucket:
             matrix, assignment = self.matrices[index], self.assignment
@@ -244,113 +253,131 @@ class Exchange:
             for indices in portions
         ]
 
-    def _active(self, stacks: list[Stack], active: Collection[int]) -> list[Stack]:
-        members = [tuple(i for i in stack.indices if i in active) for stack in stacks]
-        return [
-            Stack(indices, stack.owner, stack.senders)
-            for stack, indices in zip(stacks, members, strict=True)
-            if indices
-        ]
-
-    def _shards_spec(self, stacks: Sequence[Stack]) -> _AllToAllSpec:
-        sends, receives, needed = [], [], False
+    def _shards_spec(self, number: int, stacks: Sequence[Stack]) -> _AllToAllSpec:
+        sends, receives, needed = [], [], set()
         for place, stack in enumerate(stacks):
             for region, sender in stack.senders.items():
                 if sender == stack.owner:
                     continue
-                needed = True
+                needed.add(place)
                 if sender == self.rank:
                     sends.append((stack.owner, place, region))
                 if stack.owner == self.rank:
                     receives.append((sender, place, region))
-        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
+        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed, number)
 
-    def _results_spec(self, stacks: Sequence[Stack]) -> _AllToAllSpec:
-        assignment, sends, receives, needed = self.assignment, [], [], False
+    def _results_spec(self, number: int, stacks: Sequence[Stack]) -> _AllToAllSpec:
+        assignment, sends, receives, needed = self.assignment, [], [], set()
         for place, stack in enumerate(stacks):
             index, owner = stack.indices[0], stack.owner
             for rank in assignment.holders(index):
                 if rank == owner:
                     continue
-                needed = True
+                needed.add(place)
                 if owner == self.rank:
                     sends.append((rank, place, assignment.regions[rank][index]))
                 if rank == self.rank:
                     receives.append((owner, place, assignment.regions[rank][index]))
-        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
+        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed, number)
 
     def _send_shards(
-        self, number: int, stacks: list[Stack], shards: Callable[[tuple[int, ...]], Tensor]
-    ) -> tuple[dict[int, Tensor], _InFlight]:
-        """Send the shards of a bucket to their owners; put those of owned matrices into tensors (K, rows, columns)."""
-        spec, whole = self._shard_specs[number], {}
-        with self.workspace.frame():
-            local = [shards(stack.indices).flatten(1) for stack in stacks]
-            in_flight = self._start(spec, [local[place] for _, place, _ in spec.sends], stacks)
-            for place, stack in enumerate(stacks):
-                if stack.owner == self.rank:
-                    matrix = self.matrices[stack.indices[0]]
-                    whole[place] = local[place].new_empty(len(stack.indices), *matrix.shape)
-                    _write(whole[place], matrix.region, local[place])
-        return whole, in_flight
+        self, number: int, shards: Callable[[int], dict[int, Tensor]]
+    ) -> tuple[dict[int, int], dict[int, Tensor], _InFlight]:
+        """Send the shards of a bucket to their owners; put those of owned matrices into tensors (K, rows, columns).
 
-    def _start(self, spec: _AllToAllSpec, pieces: list[Tensor], stacks: list[Stack]) -> _InFlight:
-        dtype = self.matrices[stacks[0].indices[0]].dtype if stacks else torch.float32
-        if not spec.needed:
+        Returns:
+            How many matrices each stack has, by place; the owned ones; what is under way.
+        """
+        spec, stacks, whole = self._shard_specs[number], self.buckets[number], {}
+        with self.workspace.frame():
+            local = {place: tensor.flatten(1) for place, tensor in shards(number).items()}
+            counts = {place: len(tensor) for place, tensor in local.items()}
+            in_flight = self._start(spec, {place: local[place] for _, place, _ in spec.sends if place in local}, counts)
+            for place, tensor in local.items():
+                if stacks[place].owner == self.rank:
+                    matrix = self.matrices[stacks[place].indices[0]]
+                    whole[place] = tensor.new_empty(len(tensor), *matrix.shape)
+                    _write(whole[place], matrix.region, tensor)
+        return counts, whole, in_flight
+
+    def _start(
+        self, spec: _AllToAllSpec, tensors: dict[int, Tensor], counts: dict[int, int], cut: bool = False
+    ) -> _InFlight:
+        """Start an all-to-all of a bucket's stacks.
+
+        Args:
+            spec: What goes where.
+            tensors: What is sent of each stack, by place: all of it, or its regions.
+            counts: How many matrices the stacks have that take part, by place.
+            cut: Whether regions are cut out of the tensors.
+        """
+        dtype = self._dtypes[spec.bucket]
+        if not spec.needed_by.intersection(counts):
             nothing = torch.empty(0, dtype=dtype, device=self.device)
             return _InFlight(None, nothing, nothing)
-        sent = torch.cat([piece.reshape(-1) for piece in pieces] or [torch.empty(0, dtype=dtype, device=self.device)])
+        sends = [send for send in spec.sends if send[1] in counts]
+        pieces = [(region.of(tensors[place]) if cut else tensors[place]).reshape(-1) for _, place, region in sends]
+        sent = torch.cat(pieces or [torch.empty(0, dtype=dtype, device=self.device)])
         in_sizes, out_sizes = [0] * self.world_size, [0] * self.world_size
-        for peer, place, region in spec.sends:
-            in_sizes[peer] += len(stacks[place].indices) * region.numel
-        for peer, place, region in spec.receives:
-            out_sizes[peer] += len(stacks[place].indices) * region.numel
+        for sizes, pairs in ((in_sizes, sends), (out_sizes, spec.receives)):
+            for peer, place, region in pairs:
+                sizes[peer] += counts.get(place, 0) * region.numel
         received = torch.empty(sum(out_sizes), dtype=dtype, device=self.device)
         with collective("exchange matrices"):
             work = dist.all_to_all_single(received, sent, out_sizes, in_sizes, async_op=True)
         return _InFlight(work, received, sent)
 
     def _receive_shards(
-        self, stacks: list[Stack], spec: _AllToAllSpec, whole: dict[int, Tensor], arriving: _InFlight
+        self, number: int, counts: dict[int, int], whole: dict[int, Tensor], arriving: _InFlight
     ) -> dict[int, Tensor]:
         """Put received shards into the owned matrices of a bucket."""
-        for place, region, piece in _pieces(spec, stacks, arriving):
+        for place, region, piece in _pieces(self._shard_specs[number], counts, arriving):
             _write(whole[place], region, piece)
         return whole
 
     def _send_results(
-        self, number: int, stacks: list[Stack], results: dict[int, Tensor]
-    ) -> tuple[list[Stack], dict[int, Tensor], _AllToAllSpec, _InFlight]:
-        spec = self._result_specs[number]
-        in_flight = self._start(spec, [region.of(results[place]) for _, place, region in spec.sends], stacks)
+        self, number: int, counts: dict[int, int], results: dict[int, Tensor]
+    ) -> tuple[int, dict[int, int], dict[int, Tensor], _InFlight]:
+        in_flight = self._start(self._result_specs[number], results, counts, cut=True)
+        stacks = self.buckets[number]
         own = {
             place: self.matrices[stacks[place].indices[0]].region.of(result).flatten(1).clone()
             for place, result in results.items()
         }
-        return stacks, own, spec, in_flight
+        return number, counts, own, in_flight
 
     def _receive_results(
-        self, stacks: list[Stack], own: dict[int, Tensor], spec: _AllToAllSpec, arriving: _InFlight
-    ) -> StackedTensors:
+        self, number: int, counts: dict[int, int], own: dict[int, Tensor], arriving: _InFlight
+    ) -> dict[int, Tensor]:
         local = dict(own)
-        for place, _, piece in _pieces(spec, stacks, arriving):
+        for place, _, piece in _pieces(self._result_specs[number], counts, arriving):
             local[place] = piece
-        for place, stack in enumerate(stacks):
-            if place not in local:
-                local[place] = torch.empty(len(stack.indices), 0, device=self.device)
-        return [(stack.indices, local[place]) for place, stack in enumerate(stacks)]
+        return {
+            place: local[place] if place in local else torch.empty(count, 0, device=self.device)
+            for place, count in counts.items()
+        }
 
 
-def _pieces(spec: _AllToAllSpec, stacks: list[Stack], arriving: _InFlight) -> Iterator[tuple[int, ShardRegion, Tensor]]:
-    """Wait, then yield (index of the stack, region, tensor (K, elements)) of everything received."""
+def _pieces(
+    spec: _AllToAllSpec, counts: dict[int, int], arriving: _InFlight
+) -> Iterator[tuple[int, ShardRegion, Tensor]]:
+    """Wait, then yield (place of the stack, region, tensor (K, elements)) of everything received."""
     if arriving.work is not None:
         with collective("exchange matrices"):
             arriving.work.wait()
-    counts = [len(stacks[place].indices) for _, place, _ in spec.receives]
-    sizes = [count * region.numel for count, (_, _, region) in zip(counts, spec.receives, strict=True)]
-    pieces = torch.split(arriving.received, sizes)
-    for count, (_, place, region), piece in zip(counts, spec.receives, pieces, strict=True):
-        yield place, region, piece.view(count, region.numel)
+    receives = [(place, region) for _, place, region in spec.receives if place in counts]
+    pieces = torch.split(arriving.received, [counts[place] * region.numel for place, region in receives])
+    for (place, region), piece in zip(receives, pieces, strict=True):
+        yield place, region, piece.view(counts[place], region.numel)
+
+
+def bucket_bytes_by_default(device: torch.device) -> int:
+    """A `BUCKET_SHARE`-th of an accelerator's memory, in MiB; `BUCKET_BYTES` where that is not known."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None or device.type != accelerator.type:
+        return BUCKET_BYTES
+    _, total = torch.accelerator.get_memory_info(device)
+    return max(1, total // BUCKET_SHARE // 2**20) * 2**20
 
 
 def _no_group() -> None:

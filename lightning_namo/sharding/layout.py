@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,7 @@ class FlatRange:
 
 
 ShardRegion = Rectangle | FlatRange
+StatisticKind = Literal["matrix", "column", "row"]  # one number for each of these
 
 
 def stored_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -183,72 +185,99 @@ class Layout:
         true = torch.cat(list(matrices), dim=-2) if len(matrices) > 1 else matrices[0]
         return (true.mT if self.transposed else true).contiguous()
 
-    def statistic_shape(self, per_column: bool) -> tuple[int, ...]:
-        """Shape of a statistic: () or (n,) for a whole matrix, (k,) or (k, n) for k stacked ones."""
-        leading = (len(self.blocks),) if len(self.blocks) > 1 else ()
-        return (*leading, self.matrix_shapes[0][1]) if per_column else leading
+    def statistic_shape(self, kind: StatisticKind) -> tuple[int, ...]:
+        """Shape of numbers that are kept of the matrices: () or (n,) or (m,) for a whole one, (k, ...) for k blocks.
+
+        The rows of unequal blocks follow one another, (rows,).
+        """
+        (m, n), k = self.matrix_shapes[0], len(self.blocks)
+        if kind == "row" and len(set(self.blocks)) > 1:
+            return (sum(self.blocks),)
+        return (*((k,) if k > 1 else ()), *{"matrix": (), "column": (n,), "row": (m,)}[kind])
+
+    def by_block(self, statistic: Tensor, kind: StatisticKind) -> tuple[Tensor, ...]:
+        """Views (K, 1 or m, 1 or n), one for each block, of K statistics (K, ...) of `statistic_shape`."""
+        K, k = len(statistic), len(self.blocks)
+        if kind == "row":
+            rows = torch.split(statistic.view(K, sum(self.blocks)), list(self.blocks), dim=1)
+            return tuple(part.unsqueeze(2) for part in rows)
+        size = self.matrix_shapes[0][1] if kind == "column" else 1
+        return torch.split(statistic.view(K, k, size), 1, dim=1)
 
     def sums_of_squares(
-        self, local: Tensor, per_column: bool, dtype: torch.dtype, workspace: Workspace | None = None
-    ) -> Tensor:
-        """These shards' part of ``||X||_F^2`` (or of ``||X[:, j]||^2``) of each true matrix.
+        self, local: Tensor, kind: StatisticKind, dtype: torch.dtype, workspace: Workspace | None = None
+    ) -> list[Tensor]:
+        """These shards' part of ``||X||_F^2``, or of the squared norms of columns or rows, of each true matrix.
 
         Args:
             local: Tensors (K, ...) that are laid out like the local shard.
-            per_column: Whether to sum by column.
+            kind: Over what to sum.
             dtype: In which to sum.
             workspace: For the squares of single elements.
 
         Returns:
-            K of `statistic_shape`; summed over distinct shards they give the whole matrices'.
+            For each block (K, 1, 1), (K, 1, n) or (K, m, 1); summed over distinct shards they give the whole matrices'.
         """
-        if len(self.blocks) == 1 and not per_column:
-            return sum_of_squares(local, dtype)
-        true, rows, (col, col_end) = self._true(local)
-        columns = self.matrix_shapes[0][1]
+        if len(self.blocks) == 1 and kind == "matrix":
+            return [sum_of_squares(local, dtype).view(-1, 1, 1)]
+        true, rows, cols = self._true(local)
         sums = []
-        for begin, end in self._block_bounds(rows):
+        for begin, end, (first, missing) in self._block_bounds(rows):
             part = true[:, begin:end]
-            if per_column:
-                # torch's norm over another dimension than the last is ten times slower on CPUs.
-                part = part.to(dtype)
-                of_columns = torch.mul(part, part, out=(workspace or Workspace()).like(part)).sum(dim=1)
-                missing = (col, columns - col_end)
-                sums.append(nn.functional.pad(of_columns, missing) if any(missing) else of_columns)
-            else:
-                sums.append(sum_of_squares(part, dtype))
-        return torch.stack(sums, dim=1).view(len(local), *self.statistic_shape(per_column))
+            if kind == "matrix":
+                sums.append(sum_of_squares(part, dtype).view(-1, 1, 1))
+                continue
+            # torch's norm over another dimension than the last is ten times slower on CPUs.
+            part = part.to(dtype)
+            squares = torch.mul(part, part, out=(workspace or Workspace()).like(part))
+            of_part = squares.sum(dim=1 if kind == "column" else 2, keepdim=True)
+            before, after = (cols[0], self.matrix_shapes[0][1] - cols[1]) if kind == "column" else (first, missing)
+            padding = (before, after) if kind == "column" else (0, 0, before, after)
+            sums.append(nn.functional.pad(of_part, padding) if before or after else of_part)
+        return sums
 
-    def expand_to_shard(self, statistic: Tensor, per_column: bool, local_shape: torch.Size) -> Tensor:
-        """Statistics (K, ...) of the true matrices, laid out to broadcast against local shards (K, *local_shape)."""
-        if statistic.dim() == 1:
-            return statistic.view(-1, *(1 for _ in local_shape))
-        (row, row_end), (col, col_end) = self._true_bounds()
-        if len(self.blocks) > 1:
-            rows = zip(torch.split(statistic, 1, dim=1), self.blocks, strict=True)
-            whole = torch.cat([value.expand(-1, count, *value.shape[2:]) for value, count in rows], dim=1)
-            statistic = whole[:, row:row_end]
-        else:
-            statistic = statistic.unsqueeze(1)
-        rectangle = statistic[..., col:col_end] if per_column else statistic.unsqueeze(-1)
-        return self.region.from_rectangle(rectangle.mT if self.transposed else rectangle, local_shape)
-
-    def reduce_from_shard(self, local: Tensor, per_column: bool) -> Tensor:
-        """The inverse of `expand_to_shard` for statistics >= 0: zeros where this shard has no element.
+    def spread(self, numbers: Sequence[Tensor], local_shape: torch.Size) -> Tensor:
+        """Numbers of the true matrices, laid out to broadcast against local shards.
 
         Args:
-            local: Statistics (K, ...), expanded to tensors that are laid out like the local shard.
-            per_column: As given to `expand_to_shard`.
+            numbers: For each block (K, 1 or m, 1 or n).
+            local_shape: Of one local shard.
 
         Returns:
-            K of `statistic_shape`; the largest over all shards is the whole.
+            (K, ...), of as many dimensions as K local shards.
+        """
+        if len(numbers) == 1 and numbers[0].shape[1:] == (1, 1):
+            return numbers[0].view(-1, *(1 for _ in local_shape))
+        (row, row_end), (col, col_end) = self._true_bounds()
+        if len(self.blocks) > 1:
+            whole = [value.expand(-1, count, -1) for value, count in zip(numbers, self.blocks, strict=True)]
+            statistic = torch.cat(whole, dim=1)[:, row:row_end]
+        else:
+            statistic = numbers[0] if numbers[0].shape[1] == 1 else numbers[0][:, row:row_end]
+        rectangle = statistic[..., col:col_end] if statistic.shape[2] > 1 else statistic
+        return self.region.from_rectangle(rectangle.mT if self.transposed else rectangle, local_shape)
+
+    def collect(self, local: Tensor, kind: StatisticKind) -> Tensor:
+        """The inverse of `spread`: zeros where this shard has no element.
+
+        Args:
+            local: Statistics, spread over tensors (K, ...) that are laid out like the local shard.
+            kind: Of the statistics.
+
+        Returns:
+            K of `statistic_shape`; the largest in magnitude over all shards is the whole.
         """
         true, rows, cols = self._true(local)
         parts = []
-        for begin, end in self._block_bounds(rows):
-            part = nn.functional.pad(true[:, begin:end], (cols[0], self.matrix_shapes[0][1] - cols[1], 0, 1))
-            parts.append(part.amax(dim=1) if per_column else part.amax(dim=(1, 2)))
-        return torch.stack(parts, dim=1).view(len(local), *self.statistic_shape(per_column))
+        for begin, end, missing in self._block_bounds(rows):
+            of_rows, of_cols = (0, 1), (cols[0], self.matrix_shapes[0][1] - cols[1])
+            if kind == "row":
+                of_rows, of_cols = missing, (0, 1)
+            part = nn.functional.pad(true[:, begin:end], (*of_cols, *of_rows))
+            dims = {"matrix": (1, 2), "column": (1,), "row": (2,)}[kind]
+            largest, smallest = part.amax(dim=dims), part.amin(dim=dims)
+            parts.append(torch.where(-smallest > largest, smallest, largest).view(len(local), -1))
+        return torch.cat(parts, dim=1).view(len(local), *self.statistic_shape(kind))
 
     def _true_bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of the true matrix that the local rectangle spans."""
@@ -259,11 +288,12 @@ class Layout:
         rectangle = self.region.to_rectangle(local)
         return (rectangle.mT if self.transposed else rectangle, *self._true_bounds())
 
-    def _block_bounds(self, rows: tuple[int, int]) -> list[tuple[int, int]]:
-        """Where each block's rows begin and end within the local rows."""
-        ends = [sum(self.blocks[: k + 1]) for k in range(len(self.blocks))]
-        low, high = rows
-        return [
-            (min(max(end - size, low), high) - low, min(max(end, low), high) - low)
-            for size, end in zip(self.blocks, ends, strict=True)
-        ]
+    def _block_bounds(self, rows: tuple[int, int]) -> list[tuple[int, int, tuple[int, int]]]:
+        """Where each block's rows begin and end within the local rows, and how many of it are before and after them."""
+        bounds, start, (low, high) = [], 0, rows
+        for size in self.blocks:
+            first, last = (min(max(row, low), high) for row in (start, start + size))
+            missing = (first - start, start + size - last) if last > first else (0, size)
+            bounds.append((first - low, last - low, missing))
+            start += size
+        return bounds

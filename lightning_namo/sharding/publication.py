@@ -68,18 +68,19 @@ class Replicas:
 
 
 def publish(
-    matrices: Sequence[Matrix], mine: Published, bucket_bytes: int
-) -> tuple[list[Sequence[Matrix]], list[Published], int]:
+    matrices: Sequence[Matrix], mine: Published, bucket_bytes: int | None, default: int
+) -> tuple[list[Sequence[Matrix]], list[Published], int, int]:
     """Send what this rank has to all ranks, and compare. Collective.
 
     Args:
         matrices: This rank's view of every matrix.
         mine: What else it publishes.
-        bucket_bytes: Must be the same on all ranks.
+        bucket_bytes: As set by the user: must be the same on all ranks. None: not set.
+        default: For want of it, by this rank's memory.
 
     Returns:
         For each rank its matrices, and what else it published; the number of exchanges made in the process group
-        before.
+        before; and the bucket size of all ranks: that was set, or the smallest default.
 
     Raises:
         ValueError: On all ranks, if they disagree.
@@ -88,14 +89,15 @@ def publish(
     history = _HISTORY.setdefault(dist.group.WORLD, [0, -1])
     in_order, history[1] = mine.number > history[1], mine.number
     number, history[0] = history[0], history[0] + 1
-    every = gather((matrices, mine, bucket_bytes, in_order), "compare their parameters before a step")
+    every = gather((matrices, mine, (bucket_bytes, default), in_order), "compare their parameters before a step")
     published = [of_rank for _, of_rank, *_ in every]
     for of_ranks in ([of_rank.adamw for of_rank in published], [of_rank.matrices for of_rank in published]):
         check_agreement([[(d.name, d.shape, d.dtype) for d in descriptions] for descriptions in of_ranks])
     check_order([in_order for *_, in_order in every])
-    if len(bounds := {bound for _, _, bound, _ in every}) > 1:
+    if len(bounds := {bound for _, _, (bound, _), _ in every}) > 1:
         raise ValueError(
-            f"Expected the same bucket_bytes on all ranks but got {sorted(bounds)}. Set it alike on every rank."
+            f"Expected the same bucket_bytes on all ranks but got {sorted(bounds, key=str)}. Set it alike on all."
         )
     check_hyper_parameters([of_rank.hyper for of_rank in published])
-    return [of_rank for of_rank, *_ in every], published, number
+    smallest = min(default for _, _, (_, default), _ in every)
+    return [of_rank for of_rank, *_ in every], published, number, smallest if bucket_bytes is None else bucket_bytes

@@ -19,7 +19,7 @@ def test_a_state_in_the_flat_form_is_like_its_parameter_and_returns_as_it_was(cl
     optimizer = build_exact(model, cls)
     step(optimizer, model, 0)
     for parameter in optimizer._parameter_states():
-        flat = flat_form(parameter)
+        flat = flat_form(parameter, optimizer._kinds)
         assert flat["momentum_buffer"].shape == flat["exp_avg_sq"].shape == parameter.tensor.shape
         assert_same(plain_form(flat, parameter), dict(parameter.state))
 

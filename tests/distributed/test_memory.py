@@ -31,8 +31,9 @@ def measured(world_size: int) -> list[dict[tuple[str, bool, int], int]]:
     ("world_size", "replicated", "iteration", "most"),
     [
         (1, False, "bfloat16", 8),
-        pytest.param(2, False, "bfloat16", 11, marks=pytest.mark.slow),
-        pytest.param(2, True, "bfloat16", 12.5, marks=pytest.mark.slow),
+        # Half a bucket less where the CPU has no products in bfloat16, which take memory of their own.
+        pytest.param(2, False, "bfloat16", 11.25, marks=pytest.mark.slow),
+        pytest.param(2, True, "bfloat16", 11.75, marks=pytest.mark.slow),
         (1, False, "float32", 13.5),
         pytest.param(2, False, "float32", 17, marks=pytest.mark.slow),
         pytest.param(2, True, "float32", 17.5, marks=pytest.mark.slow),

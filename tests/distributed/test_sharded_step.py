@@ -14,8 +14,8 @@ from tests.helpers.worker import ALGORITHMS, STEPS, VARIANTS, compare_layouts, e
 
 # Relative to the weights' norm. The iteration sees the same bits on every layout, in both dtypes, so what is left is
 # float32 rounding in the sums of squares (measured: at most 1.2e-7).
-TOLERANCES = {"float64-exact": 1e-12, "float32-exact": 1e-6, "bfloat16-iteration": 1e-6, "float32-iteration": 1e-6}
-ITERATED = ("bfloat16-iteration", "float32-iteration")  # matrices are sent in bfloat16 in both
+TOLERANCES = {variant: 1e-12 if variant == "float64-exact" else 1e-6 for variant in VARIANTS}
+ITERATED = [variant for variant in VARIANTS if VARIANTS[variant][1] == "newton_schulz"]  # sent in bfloat16 in all
 WORLD_SIZES = [pytest.param(1, marks=pytest.mark.slow), 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))]
 EXACT, *OTHERS = TOLERANCES
 

@@ -186,7 +186,7 @@ class Member:
         optimizer = build_optimizer(
             self.module, CLASSES[self.walk.optimizer], blocks=self.walk.blocks(), **self.walk.hyper
         )
-        optimizer.bucket_bytes = self.walk.bucket_bytes
+        optimizer.bucket_bytes, optimizer.batched = self.walk.bucket_bytes, self.walk.batched
         for layer in added:
             of_layer = [p for name, p in named.items() if self.walk.layer_of(name) == layer]
             for parameter in of_layer:

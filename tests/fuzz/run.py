@@ -107,7 +107,7 @@ def report(walk: Walk, failure: Failure, short: bool) -> str:
     numbers = ",".join(str(e.number) for e in walk.events)
     lines = [
         f"walk {walk.seed} fails after event {failure.event}: {failure.message}",
-        f"{walk.optimizer}({walk.hyper}), {walk.place}, bucket_bytes={walk.bucket_bytes}",
+        f"{walk.optimizer}({walk.hyper}), {walk.place}, bucket_bytes={walk.bucket_bytes}, batched={walk.batched}",
         *(f"  l{i}: {layer}" for i, layer in enumerate(walk.layers)),
         *(f"  event {e.number}: {e.kind} {e.args or ''}" for e in walk.events),
         f"Again: python -m tests.fuzz --walk {walk.seed} --events {numbers}{' --short' if short else ''}",

@@ -175,6 +175,7 @@ class Walk:
     bucket_bytes: int | None
     place: Place
     events: tuple[Event, ...]
+    batched: bool | None = None  # True: the accelerators' path
 
     def only(self, numbers: Sequence[int]) -> Walk:
         """The walk without the other events."""
@@ -278,7 +279,7 @@ def draw(seed: int, short: bool = False) -> Walk:
         if kind == "resume":
             place = event.args["to"]
         events.append(event)
-    return replace(walk, events=tuple(events))
+    return replace(walk, events=tuple(events), batched=True if seed % 2 else None)
 
 
 def draw_place(rng: random.Random, even: bool | None = None) -> Place:

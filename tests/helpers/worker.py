@@ -17,13 +17,16 @@ from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.iteration import iterating_in
 from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, whole
+from tests.helpers.two_rounds import TwoRounds
 
-ALGORITHMS = {"namo": NAMO, "namo_d": NAMOD, "muon": Muon, "adamuon": AdaMuon}
-VARIANTS = {  # name: (dtype, orthogonalizer, dtype of the iteration)
-    "float64-exact": (torch.float64, "svd", None),
-    "float32-exact": (torch.float32, "svd", None),
-    "bfloat16-iteration": (torch.float32, "newton_schulz", "bfloat16"),
-    "float32-iteration": (torch.float32, "newton_schulz", "float32"),
+ALGORITHMS = {"namo": NAMO, "namo_d": NAMOD, "muon": Muon, "adamuon": AdaMuon, "two_rounds": TwoRounds}
+VARIANTS = {  # name: (dtype, orthogonalizer, dtype of the iteration, whether the accelerators' path is taken)
+    "float64-exact": (torch.float64, "svd", None, None),
+    "float32-exact": (torch.float32, "svd", None, None),
+    "float32-batched": (torch.float32, "svd", None, True),
+    "bfloat16-iteration": (torch.float32, "newton_schulz", "bfloat16", None),
+    "bfloat16-batched": (torch.float32, "newton_schulz", "bfloat16", True),
+    "float32-iteration": (torch.float32, "newton_schulz", "float32", None),
 }
 STEPS = 3
 
@@ -76,11 +79,17 @@ def clean(name: str) -> str:
 
 
 def train(
-    module: nn.Module, algorithm: str, orthogonalizer: str, blocks: Any, backward: Callable[[int], None], wire: Wire
+    module: nn.Module,
+    algorithm: str,
+    orthogonalizer: str,
+    blocks: Any,
+    backward: Callable[[int], None],
+    wire: Wire,
+    batched: bool | None = None,
 ) -> Any:
     """Take steps; ``backward`` makes the gradients of a step."""
     optimizer = build_optimizer(module, ALGORITHMS[algorithm], blocks=blocks, lr=0.05, orthogonalizer=orthogonalizer)
-    optimizer.bucket_bytes = 1500  # several buckets, so that they overlap
+    optimizer.bucket_bytes, optimizer.batched = 1500, batched  # several buckets, so that they overlap
     for step in range(STEPS):
         optimizer.zero_grad()
         backward(step)
@@ -99,7 +108,7 @@ def gathered_state(optimizer: OrthogonalizedOptimizer) -> dict[str, dict[str, Te
         name = clean(matrix.name)
         for key, value in optimizer.state[matrix.tensor].items():
             part = local(value)
-            if key != "momentum_buffer" and not (key == "v" and isinstance(optimizer, AdaMuon)):
+            if key != "momentum_buffer" and optimizer._kinds.get(key) != "element":
                 result[name][key] = part
             else:
                 stored[name, key], ours[name, key] = matrix.layout.stored, (matrix.layout.region, part.reshape(-1))
@@ -124,7 +133,7 @@ def gathered_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def expected_results(variant: str) -> dict[Any, Any]:
     """What one process, without a process group, makes of every algorithm and module."""
-    dtype, orthogonalizer, iteration = VARIANTS[variant]
+    dtype, orthogonalizer, iteration, _ = VARIANTS[variant]
     results = {}
     for kind in {kind for kind, _ in LAYOUTS.values()}:
         for algorithm in ALGORITHMS:
@@ -181,13 +190,13 @@ def compare_layouts(
         start = [local(p.detach()).clone() for p in module.parameters()]
         backward = Backward(module, grads)
         for variant, algorithm in itertools.product(expected, ALGORITHMS):
-            _, orthogonalizer, iteration = VARIANTS[variant]
+            _, orthogonalizer, iteration, batched = VARIANTS[variant]
             with torch.no_grad():
                 for parameter, value in zip(module.parameters(), start, strict=True):
                     local(parameter).copy_(value)
             wire = Wire()
             with iterating_in(iteration):
-                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, backward, wire)
+                optimizer = train(module, algorithm, orthogonalizer, kind.blocks, backward, wire, batched)
             weights, state = gathered_weights(module), gathered_state(optimizer)
             wanted_weights, wanted_state = expected[variant][algorithm, kind.__name__]
             assert weights.keys() == wanted_weights.keys()

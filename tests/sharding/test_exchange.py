@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 
 from lightning_namo.sharding.assignment import Matrix
@@ -13,26 +15,30 @@ from lightning_namo.workspace import Workspace
 SHAPES = [(2, 3), (4, 2), (2, 3)]
 
 
-def test_one_process_works_on_the_active_matrices_in_stacks_of_a_shape() -> None:
+def test_one_process_works_on_the_buckets_of_a_queue_in_stacks_of_a_shape() -> None:
     matrices = [Matrix(f"w{i}", (m, n), torch.float32, m * n, Rectangle(0, m, 0, n)) for i, (m, n) in enumerate(SHAPES)]
     exchange = Exchange(matrices, torch.device("cpu"), None, Published, Workspace())
     stacked = []
 
-    def work(stacks: list[tuple[tuple[int, ...], torch.Tensor]]) -> list[torch.Tensor]:
-        stacked.extend(indices for indices, _ in stacks)
-        return [10 * tensor for _, tensor in stacks]
+    def work(number: int, stacks: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        return {place: 10 * tensor for place, tensor in stacks.items()}
 
-    def shards(indices: tuple[int, ...]) -> torch.Tensor:
-        return torch.stack([torch.full(SHAPES[index], float(index)) for index in indices])
+    def shards(number: int) -> dict[int, torch.Tensor]:
+        members = [stack.indices for stack in exchange.buckets[number]]
+        stacked.extend(members)
+        return {
+            place: torch.stack([torch.full(SHAPES[index], float(index)) for index in indices])
+            for place, indices in enumerate(members)
+        }
 
-    results = {
-        index: flat
-        for stacks in exchange.map([0, 2], shards, work)
-        for i, f in stacks
-        for index, flat in zip(i, f, strict=True)
-    }
-    assert stacked == [(0, 2)]
-    assert {index: flat.tolist() for index, flat in results.items()} == {0: [0.0] * 6, 2: [20.0] * 6}
+    queue = deque([0, 1])
+    results = {}
+    for number, by_place in exchange.map(queue, shards, work):
+        results[number] = {place: result.tolist() for place, result in by_place.items()}
+        if number == 0 and len(stacked) < 3:
+            queue.append(0)  # once more
+    assert [set(indices) for indices in stacked] == [{1}, {0, 2}, {1}]
+    assert results == {0: {0: [[10.0] * 8]}, 1: {0: [[0.0] * 6, [20.0] * 6]}}
     assert exchange.bytes_sent == 0
     assert exchange.is_current
     assert all(exchange.is_primary_replica(index) for index in range(3))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from lightning_namo.sharding.layout import FlatRange, Layout, Rectangle, ShardRegion
+from lightning_namo.sharding.layout import FlatRange, Layout, Rectangle, ShardRegion, StatisticKind
 
 FULL = torch.arange(48.0).view(2, 6, 4)  # two stored matrices
 REGIONS = [
@@ -41,9 +43,9 @@ def test_matrices_are_stored_as_they_were_taken_out(transposed: bool, blocks: in
     assert torch.equal(layout.store(matrices), FULL)
 
 
-@pytest.mark.parametrize("per_column", [False, True])
+@pytest.mark.parametrize("kind", ["matrix", "column", "row"])
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 2, "unequal"])
 @pytest.mark.parametrize(
     "regions",
     [
@@ -53,21 +55,25 @@ def test_matrices_are_stored_as_they_were_taken_out(transposed: bool, blocks: in
     ],
 )
 def test_statistics_of_shards_make_up_those_of_the_matrices(
-    regions: list[ShardRegion], blocks: int, transposed: bool, per_column: bool
+    regions: list[ShardRegion], blocks: Any, transposed: bool, kind: StatisticKind
 ) -> None:
+    if blocks == "unequal":
+        blocks = [1, 3] if transposed else [1, 5]
     layouts = [Layout.of((6, 4), r, transposed=transposed, blocks=blocks, name="w") for r in regions]
     shards = [r.of(FULL).flatten(1) if isinstance(r, FlatRange) else r.of(FULL) for r in regions]
-    sums = [lay.sums_of_squares(s, per_column, torch.float64) for lay, s in zip(layouts, shards, strict=True)]
-    squares = [matrix.double().square() for matrix in layouts[0].matrices(FULL)]
-    expected = torch.stack([square.sum(dim=1) if per_column else square.sum(dim=(1, 2)) for square in squares], dim=1)
-    torch.testing.assert_close(sum(sums), expected.view(2, *layouts[0].statistic_shape(per_column)))
+    sums = [lay.sums_of_squares(s, kind, torch.float64) for lay, s in zip(layouts, shards, strict=True)]
+    dims = {"matrix": (1, 2), "column": (1,), "row": (2,)}[kind]
+    expected = [matrix.double().square().sum(dim=dims, keepdim=True) for matrix in layouts[0].matrices(FULL)]
+    for parts, whole in zip(zip(*sums, strict=True), expected, strict=True):
+        torch.testing.assert_close(sum(parts), whole)
+    statistic = torch.cat([block.flatten(1) for block in expected], dim=1).view(2, *layouts[0].statistic_shape(kind))
+    for view, whole in zip(layouts[0].by_block(statistic, kind), expected, strict=True):
+        assert torch.equal(view, whole)
     found = [
-        lay.reduce_from_shard(
-            lay.expand_to_shard(expected.view_as(sums[0]), per_column, s.shape[1:]).expand(s.shape), per_column
-        )
+        lay.collect(lay.spread(expected, s.shape[1:]).expand(s.shape), kind)
         for lay, s in zip(layouts, shards, strict=True)
     ]
-    torch.testing.assert_close(torch.maximum(*found), expected.view_as(sums[0]))
+    torch.testing.assert_close(torch.maximum(*found), statistic)
 
 
 def test_blocks_that_do_not_make_up_the_rows_are_refused() -> None:
