@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from lightning_namo.optim import formulas
+from lightning_namo.optim.stack import MatrixStack
 from lightning_namo.sharding.local import stack
-
-if TYPE_CHECKING:
-    from lightning_namo.optim.rule import Matrices
+from lightning_namo.workspace import Workspace
 
 _ONLY_A_PART = (
     "Expected a sum to be asked for before it is used ({}): it is this rank's part only. Write "
     "(total,) = yield Sum(part)."
 )
+
+
+class Holder(Protocol):
+    """What elements know of the `Matrices` that they are of."""
+
+    _stack: MatrixStack
+    _workspace: Workspace
+    _on_cpu: bool
+    _resumed: int
 
 
 @dataclass(eq=False)
@@ -57,7 +65,7 @@ class Elements:
 
     def __init__(
         self,
-        x: Matrices,
+        x: Holder,
         read: Callable[[], Tensor | list[Tensor]],
         *,
         is_gradient: bool = False,
@@ -69,7 +77,7 @@ class Elements:
         self.is_gradient, self.is_own, self.is_finite = is_gradient, is_own, is_finite
 
     @classmethod
-    def of(cls, x: Matrices, stacked: Tensor, is_finite: bool = False) -> Elements:
+    def of(cls, x: Holder, stacked: Tensor, is_finite: bool = False) -> Elements:
         """Elements of their own."""
         return cls(x, lambda: stacked, is_own=True, is_finite=is_finite)
 
@@ -100,7 +108,7 @@ class Elements:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found: list[Matrices] = []
+        found: list[Holder] = []
         of_others = set()
 
         def plain(value: Any) -> Any:
@@ -139,7 +147,7 @@ class Elements:
 class LookAhead(Elements):
     """N after `Matrices.advance`, made where it is wanted: in the dtype in which it is sent, or over the gradient."""
 
-    def __init__(self, x: Matrices, grad: Tensor | None, buffer: Tensor, momentum: float) -> None:
+    def __init__(self, x: Holder, grad: Tensor | None, buffer: Tensor, momentum: float) -> None:
         super().__init__(x, list, until=x._resumed)  # a method of its own as the reader would be a cycle
         self._grad, self._buffer, self._mu = grad, buffer, momentum
         self._made: Tensor | None = None

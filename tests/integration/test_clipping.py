@@ -67,7 +67,7 @@ def test_gradients_of_several_dtypes_have_one_norm() -> None:
 
 def test_parameters_without_gradients_and_empty_ones_count_as_nothing() -> None:
     module = layer_with(None, torch.ones(2, 2), torch.zeros(0, 3), None)
-    assert clip_gradients(module, max_norm=1.0).item() == 2.0
+    assert clip_gradients(module, max_norm=1.0).item() == pytest.approx(2.0, rel=1e-6)
     assert module[0].grad is None
     assert gradient_norm(module).item() == pytest.approx(1.0, rel=1e-6)
 
@@ -96,7 +96,7 @@ def test_gradients_that_are_not_finite_end_as_with_torch(algorithm: str, poison:
 def test_only_the_parameters_asked_for_are_measured_and_clipped() -> None:
     module = layer_with(torch.ones(2, 2), torch.ones(3, 3))
     assert gradient_norm(module, [module[1]]).item() == 3.0
-    assert clip_gradients(module, max_norm=1.0, parameters=iter([module[0]])).item() == 2.0
+    assert clip_gradients(module, max_norm=1.0, parameters=iter([module[0]])).item() == pytest.approx(2.0, rel=1e-6)
     assert torch.equal(module[1].grad, torch.ones(3, 3))
 
 
