@@ -145,13 +145,20 @@ def muon(
     lam: float = 0.1,
     mu1: float = 0.95,
     nesterov: bool = True,
+    order: str = "pre",
     shape_scale: float | None = 0.2,
     orth: Orthogonalizer = polar,
 ) -> Iterator[Tensor]:
-    """Muon with Moonlight's shape factor."""
+    """Muon with Moonlight's shape factor, and the other orders of "Denoise First, Orthogonalize Later"."""
     s = shape_factor(W, shape_scale)
-    for _, _, N in momenta(gradients, mu1, nesterov):
-        W = W * (1 - eta * lam) - eta * s * orth(N).to(W)
+    if order == "pre":
+        directions = (orth(N).to(W) for _, _, N in momenta(gradients, mu1, nesterov))
+    elif order == "none":
+        directions = (orth(G).to(W) for G in gradients)
+    else:
+        directions = (N for _, _, N in momenta((orth(G).to(W) for G in gradients), mu1, nesterov))
+    for O_t in directions:
+        W = W * (1 - eta * lam) - eta * s * O_t
         yield W
 
 

@@ -9,7 +9,8 @@ from typing import Any
 from lightning_namo.checkpoint.parameter_state import ParameterState, State, fits, like_own, state_words
 from lightning_namo.routing.names import clean_name
 
-STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None}  # keys, and what absence means
+# Keys that say what a group's state is, and what absence means. Of Muon's order momentum has its unit.
+STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None, "order": "pre"}
 
 
 @dataclass
@@ -110,11 +111,13 @@ def _matching_groups(
 def _check_structure(saved: Mapping[str, Any], own: Mapping[str, Any], cls: str) -> None:
     """Compare the keys that say what is done with a group; a group of unknown origin has none."""
     for key, absent in STRUCTURE.items():
-        if key in saved and key in own and saved[key] != own.get(key, absent) and own["params"]:
+        known = key in own and (key in saved or key == "order")
+        if known and saved.get(key, absent) != own[key] and own["params"]:
             what = f"of {cls}" if key == "algorithm" else f"with {key}={own[key]} in group {own['name']!r}"
+            found = f"{key}={saved.get(key, absent)!r}"
             raise ValueError(
-                f"Expected a checkpoint {what}, but it has {key}={saved[key]!r}. Train on with what it was trained "
-                "with, or pass adopt_state=True to take over its momentum and start the rest anew. Nothing was loaded."
+                f"Expected a checkpoint {what}, but it has {found}. Train on with what it was trained with, "
+                "or pass adopt_state=True to take over its momentum and start the rest anew. Nothing was loaded."
             )
 
 

@@ -102,7 +102,7 @@ def _momentum(
 ) -> Tensor | None:
     """The momentum of a matrix, free of its start at zero where the step and the decay are known."""
     momentum = saved.get("exp_avg", saved.get("momentum_buffer"))
-    if not isinstance(momentum, Tensor):
+    if not isinstance(momentum, Tensor) or group.get("order") == "post":  # then it is an average of polar factors
         return None
     dtype = torch.promote_types(parameter.tensor.dtype, parameter.state["momentum_buffer"].dtype)
     taken = _taken(momentum, parameter, "momentum_buffer", dtype)

@@ -148,7 +148,9 @@ class LookAhead(Elements):
     """N after `Matrices.advance`, made where it is wanted: in the dtype in which it is sent, or over the gradient."""
 
     def __init__(self, x: Holder, grad: Tensor | None, buffer: Tensor, momentum: float) -> None:
-        super().__init__(x, list, until=x._resumed)  # a method of its own as the reader would be a cycle
+        super().__init__(
+            x, list, until=x._resumed, is_finite=True
+        )  # a method of its own as the reader would be a cycle
         self._grad, self._buffer, self._mu = grad, buffer, momentum
         self._made: Tensor | None = None
 

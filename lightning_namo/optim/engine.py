@@ -379,7 +379,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     def _go_on(self, runs: Sequence[StackRun], number: int, queue: deque[int]) -> Callable[[], None]:
         """Start the sums that a bucket's rules ask for after a polar factor; what is returned answers them.
 
-        The all-reduce does not wait for the next bucket's all-to-all, which is under way: the rules do.
+        It is called when the next bucket has arrived: until then the all-reduce may queue behind an all-to-all.
         """
         asking = [run for run in runs if run.asks_for_sums]
         end = self._sums([run.parts() for run in asking])
@@ -436,6 +436,12 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     def _start_from(self, states: list[dict[str, Any]]) -> None:
         """The momentum counts as the gradient of a first step, where the rule keeps numbers of what came before."""
         parameters, _, exchange = self._prepare()
+        if any(requests.own_momentum for requests in self._requests.values()):
+            raise ValueError(
+                f"Expected {type(self).__name__} to average gradients, as what it is to take over does, but its rule "
+                "averages something else (Muon's order='post': polar factors). Start it anew, without adopt_state. "
+                "Nothing was loaded."
+            )
         runs = []
         for index, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
             requests = self._requests[id(parameter.group), parameter.layout.shape]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, get_args
 
 from lightning_namo import types
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.formulas import HyperParameters, ratio, rms_factor, shape_factor
 from lightning_namo.optim.groups import Params, hyper_parameters
-from lightning_namo.optim.ranges import MomentumDtype
+from lightning_namo.optim.ranges import RANGES, MomentumDtype, Range, choice
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
+
+Order = Literal["pre", "none", "post"]
 
 
 class Muon(OrthogonalizedOptimizer):
@@ -19,12 +22,18 @@ class Muon(OrthogonalizedOptimizer):
 
     Equals ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` to bfloat16 rounding.
 
+    Orthogonalized is the momentum, ``order="pre"``. The other orders are there to compare: "none" orthogonalizes the
+    gradient, ``O = polar(G)``, and keeps no momentum; "post" averages polar factors,
+    ``M <- M + (1 - mu)(polar(G) - M)``, and steps along N. A checkpoint goes on in its own order only: the momentum of
+    "post" has another unit.
+
     Args:
         params: As `NAMO`'s.
         lr: Learning rate of the matrices; with ``shape_scale=0.2`` AdamW's is a good first choice.
         weight_decay: lambda, decoupled, times the learning rate.
         momentum: Decay of the gradient's average, in [0, 1).
         nesterov: Whether N looks ahead.
+        order: Whether momentum comes before the polar factor ("pre"), after it ("post"), or not at all ("none").
         ns_steps: Newton-Schulz steps.
         ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
         orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
@@ -40,8 +49,11 @@ class Muon(OrthogonalizedOptimizer):
 
     References:
         Keller Jordan, kellerjordan.github.io/posts/muon; shape factor: "Muon is Scalable for LLM Training",
-        arXiv 2502.16982.
+        arXiv 2502.16982; orders: "Denoise First, Orthogonalize Later", arXiv 2606.03899.
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {**RANGES, "order": choice(*get_args(Order))}
+    added: ClassVar[Mapping[str, Any]] = {**OrthogonalizedOptimizer.added, "order": "pre"}
 
     def __init__(
         self,
@@ -51,6 +63,7 @@ class Muon(OrthogonalizedOptimizer):
         momentum: types.HalfOpenUnit = 0.95,
         nesterov: bool = True,
         *,
+        order: Order = "pre",
         ns_steps: types.PositiveInt = 5,
         ns_coefficients: Coefficients = "quintic",
         orthogonalizer: Method = "newton_schulz",
@@ -65,7 +78,9 @@ class Muon(OrthogonalizedOptimizer):
 
     def rule(self, x: Matrices, h: HyperParameters) -> Rule:
         """One step."""
-        O = yield Polar(x.advance(h))
+        O = yield Polar(x.advance(h) if h.order == "pre" else x.grad)
+        if h.order == "post":
+            O = x.advance(h, toward=O)
         x.apply(O, step_size=h.lr * shape_factor(x.shape, h.shape_scale), decay=1 - h.lr * h.weight_decay)
 
 

@@ -171,11 +171,11 @@ class Matrices:
             h: With ``momentum`` (mu) and ``nesterov``.
             toward: What takes the place of G; None: the gradient.
         """
-        self._written.append("momentum")
         self._settled()
         state, buffer = self._stack.state["momentum_buffer"], self._momentum()
         if toward is None:
             toward = self.grad
+        self._written.append("momentum" if toward.is_gradient else "momentum of its own")
         if toward.is_gradient:
             grad = self._masked_gradient()
         else:

@@ -27,6 +27,7 @@ class Requests:
         kinds: "sum" or "polar" for each request.
         sums: How many numbers of a parameter each request sums; 0 for a polar factor.
         starts_numbers: Whether it writes a number (a state that is none of elements) before its first polar factor.
+        own_momentum: Whether it averages something else than gradients.
         sums_first: Whether its first request sums squares of the gradient, before anything is written: these tell
             which gradients are finite.
     """
@@ -35,6 +36,7 @@ class Requests:
     sums: tuple[int, ...]
     sums_first: bool
     starts_numbers: bool
+    own_momentum: bool
 
     @property
     def leading(self) -> int:

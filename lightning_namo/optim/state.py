@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,11 +34,13 @@ class StatefulOptimizer(GroupedOptimizer):
     adds. Statistics are float32, or float64 for float64 parameters.
 
     Attributes:
+        added: Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means.
         adopt_state: Whether `load_state_dict` takes over what it can from another optimizer's state dict.
         has_adopted: Whether it did.
     """
 
     state: Any = {}  # of the class: kinds of states that the subclass adds, by name; of an optimizer: as torch's
+    added: ClassVar[Mapping[str, Any]] = ADDED_KEYS
     adopt_state: bool = False
     has_adopted: bool = False
     _adamw_skipped: Tensor | None = None
@@ -173,7 +175,7 @@ class StatefulOptimizer(GroupedOptimizer):
         groups = []
         for theirs, own in zip(saved.groups, self.param_groups, strict=True):
             self._check_group(theirs, own)
-            structure = {key: own[key] for key in ("name", *STRUCTURE, *ADDED_KEYS) if key in own}
+            structure = {key: own[key] for key in ("name", *STRUCTURE, *self.added) if key in own}
             groups.append({**structure, **theirs})
         return groups, laid_out(states, parameters)
 
@@ -182,7 +184,7 @@ class StatefulOptimizer(GroupedOptimizer):
         validate, defaults = validate_adamw, self._adamw_defaults
         if own["orthogonalize"]:
             validate, defaults = self._validate, self._matrix_defaults
-        missing = sorted(defaults.keys() - ADDED_KEYS.keys() - saved.keys())
+        missing = sorted(defaults.keys() - self.added.keys() - saved.keys())
         try:
             check(not missing, type(self).__name__, ", ".join(missing), "in the checkpoint", "nothing")
             validate({**own, **saved})
@@ -209,7 +211,7 @@ class StatefulOptimizer(GroupedOptimizer):
         self._prepared = None
         for group in self.param_groups:
             if group.setdefault("orthogonalize", True):
-                group.update({key: value for key, value in ADDED_KEYS.items() if key not in group})
+                group.update({key: value for key, value in self.added.items() if key not in group})
         own = self.__dict__
         if "_number" not in own:
             self._number = next(NUMBERS)
@@ -218,13 +220,13 @@ class StatefulOptimizer(GroupedOptimizer):
         for key, is_matrix in {"_matrix_defaults": True, "_adamw_defaults": False}.items():
             if key not in own:
                 own[key] = self._first_hyper_parameters(is_matrix)
-        own["_matrix_defaults"] = {**ADDED_KEYS, **own["_matrix_defaults"]}
+        own["_matrix_defaults"] = {**self.added, **own["_matrix_defaults"]}
 
     def _first_hyper_parameters(self, is_matrix: bool) -> dict[str, Any]:
         """Those of the first group of matrices or of AdamW, as defaults of an optimizer whose state lacks them."""
         adamw = {"lr": self.defaults["lr"], "weight_decay": 0.0, "momentum": 0.9, "beta2": 0.95, "eps": 1e-8}
         group = next((group for group in self.param_groups if group["orthogonalize"] == is_matrix), adamw)
-        keys = set(group) - {"params", "param_names", "name", "orthogonalize", "algorithm", "initial_lr", *ADDED_KEYS}
+        keys = set(group) - {"params", "param_names", "name", "orthogonalize", "algorithm", "initial_lr", *self.added}
         return {**{key: group[key] for key in keys}, "lr": group.get("initial_lr", group["lr"])}
 
     def skipped_steps(self) -> int:

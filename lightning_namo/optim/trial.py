@@ -62,7 +62,8 @@ def requests_of(rule: RuleOf, kinds: Mapping[str, StateKind], parameter: MatrixP
             )
     sums = [sum(of_part) for of_part in zip(*(trial.sums for trial in trials), strict=True)]
     first = all(trial.sums_first for trial in trials)
-    return Requests(tuple(trials[0].asked), tuple(sums), first, trials[0].starts_numbers)
+    own_momentum = "momentum of its own" in trials[0].x._written
+    return Requests(tuple(trials[0].asked), tuple(sums), first, trials[0].starts_numbers, own_momentum)
 
 
 def scratch_of(

@@ -1,13 +1,16 @@
 """Muon and AdaMuon: their rules, against oracles that share no code with them."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_namo import AdaMuon, Muon
+from lightning_namo import NAMO, AdaMuon, Muon
 from tests import reference
 from tests.helpers.iteration import iterating_in
+from tests.helpers.toy import assert_same
 from tests.helpers.trajectories import (
     CONVERGENT,
     QUINTIC,
@@ -56,3 +59,44 @@ def test_muon_takes_the_steps_of_torch_optim_muon(shape, nesterov, polynomial, t
     theirs = torch.stack([W, *drive(torch.optim.Muon, W, gradients, adjust_lr_fn="match_rms_adamw", **hyper)])
     for actual, expected in zip(ours.diff(dim=0), theirs.diff(dim=0), strict=True):
         assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+# --- orders of momentum ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("saved", "own"), [("pre", "post"), ("post", "pre"), ("none", "post"), (None, "post")])
+def test_a_checkpoint_goes_on_in_its_own_order_only(saved, own):
+    def build(order):
+        p = torch.nn.Parameter(torch.ones(4, 3))
+        p.grad = torch.ones(4, 3)
+        optimizer = Muon([p], order=order)
+        optimizer.step()
+        return optimizer
+
+    state_dict = build(saved or "pre").state_dict()
+    if saved is None:  # of a version that had one order
+        del state_dict["param_groups"][0]["order"]
+        build("pre").load_state_dict(copy.deepcopy(state_dict))
+    optimizer = build(own)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    words = f"Expected a checkpoint with order={own} .* but it has order='{saved or 'pre'}'"
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(state_dict)
+    assert_same(optimizer.state_dict()["state"], before)
+
+
+def test_an_average_of_polar_factors_takes_over_no_momentum_and_gives_none_away():
+    def build(cls, **hyper):
+        p = torch.nn.Parameter(torch.ones(4, 3))
+        p.grad = torch.ones(4, 3)
+        optimizer = cls([("w", p)], **hyper)
+        optimizer.step()
+        return optimizer
+
+    post, other = build(Muon, order="post"), build(NAMO)
+    post.adopt_state = other.adopt_state = True
+    with pytest.raises(ValueError, match="Expected Muon to average gradients"):
+        post.load_state_dict(other.state_dict())
+    with pytest.warns(UserWarning, match="Taken over: the momentum of 0 matrices"):
+        other.load_state_dict(post.state_dict())
+    assert not any(value.any() for value in next(iter(other.state.values())).values())
