@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lightning_namo.optim import formulas
 from lightning_namo.optim.stack import MatrixStack
@@ -26,6 +27,7 @@ class Holder(Protocol):
     _workspace: Workspace
     _on_cpu: bool
     _resumed: int
+    _written: list[str]
 
 
 @dataclass(eq=False)
@@ -59,6 +61,7 @@ class Elements:
         read: Gives the tensors: stacked (P, ...), or a list of P.
         is_gradient: Whether they are ``x.grad``.
         until: They can be read until the rule is resumed this often; None: for good.
+        of: What they are, if that may be written; then they can be read until it is.
         is_own: Whether nobody else writes the memory that they are in.
         is_finite: Whether they are finite in any case.
     """
@@ -70,16 +73,18 @@ class Elements:
         *,
         is_gradient: bool = False,
         until: int | None = None,
+        of: str = "",
         is_own: bool = False,
         is_finite: bool = False,
     ) -> None:
         self._x, self._read, self._until = x, read, until
+        self._of, self._version = of, x._written.count(of)
         self.is_gradient, self.is_own, self.is_finite = is_gradient, is_own, is_finite
 
     @classmethod
-    def of(cls, x: Holder, stacked: Tensor, is_finite: bool = False) -> Elements:
-        """Elements of their own."""
-        return cls(x, lambda: stacked, is_own=True, is_finite=is_finite)
+    def having(cls, x: Holder, stacked: Tensor, *, is_own: bool = True, is_finite: bool = False) -> Elements:
+        """Elements in a tensor (P, ...)."""
+        return cls(x, lambda: stacked, is_own=is_own, is_finite=is_finite)
 
     def tensors(self) -> list[Tensor]:
         """One tensor for each of P parameters."""
@@ -101,6 +106,11 @@ class Elements:
                 "Expected elements to be used before the next yield: afterwards the gradient or the momentum has "
                 "changed. Ask for them again (x.look_ahead(h)), or compute what is needed of them before the yield."
             )
+        if self._x._written.count(self._of) > self._version:
+            raise RuntimeError(
+                f"Expected elements to be used before x.{self._of} is written, from which they are read. Take them "
+                "out before: .clone()."
+            )
         return self._get()
 
     def _get(self) -> Tensor | list[Tensor]:
@@ -110,12 +120,17 @@ class Elements:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found: list[Holder] = []
         of_others = set()
+        writes = func.__name__.endswith("_") and not func.__name__.endswith("__")
+        if "out" in (kwargs or {}):
+            raise TypeError(f"Expected {func.__name__} to make new elements, but got out=. Take what it returns.")
 
         def plain(value: Any) -> Any:
             if isinstance(value, Elements):
                 found.append(value._x)
                 stacked = value.stacked()
-                if not value.is_own:
+                if writes and not value.is_own:  # the memory of the engine, of a state or of a gradient
+                    stacked = stacked.clone()
+                elif not value.is_own:
                     of_others.add(stacked.untyped_storage()._cdata)
                 return stacked
             if isinstance(value, Part) or (isinstance(value, Tensor) and value.dim()):
@@ -129,13 +144,16 @@ class Elements:
         x = found[0]
         if isinstance(result, Tensor) and result.shape == (len(x._stack.parameters), *x._stack.local_shape):
             in_place = result.untyped_storage()._cdata in of_others  # as what .to(dtype) returns may be
-            return Elements.of(x, result.clone() if in_place else result)
-        if isinstance(result, Tensor):
+            return Elements.having(x, result.clone() if in_place else result)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise TypeError(
                 f"Expected {func.__name__} to keep the shape of the elements, which are this rank's only. For sums "
                 "over them yield Sum(x.square_sum(elements))."
             )
         return result
+
+    def __bool__(self) -> bool:
+        raise TypeError("Expected a decision that all ranks take alike, but elements are this rank's only, and many.")
 
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(Tensor, name)  # an AttributeError as a tensor's
@@ -196,6 +214,7 @@ for _name in (
     "neg",
     "abs",
     "eq",
+    "ne",
     "lt",
     "le",
     "gt",

@@ -126,27 +126,25 @@ class Matrices:
     def spread(self, number: Tensor) -> Elements:
         """Numbers (K, 1, 1), (K, 1, n) or (K, m, 1), laid out like the local shard."""
         shape = (len(self._stack.parameters), *self._stack.local_shape)
-        return Elements.of(self, self._laid_out(self._number(number, "x.spread"), 0).expand(shape))
+        laid_out = self._laid_out(self._number(number, "x.spread"), 0).expand(shape)
+        return Elements.having(self, laid_out, is_own=False)  # may be the number itself
 
     # ------------------------------------------------------------------ elements
 
     @property
     def grad(self) -> Elements:
-        """The gradients G. Where a matrix is not valid the momentum stands in for it.
-
-        Elements that a function changes in place (``x.grad.mul_(2)``) may be the parameter's own gradient.
-        """
-        return Elements(self, self._gradient, is_gradient=True)
+        """The gradients G. Where a matrix is not valid the momentum stands in for it, once that is known."""
+        return Elements(self, self._gradient, is_gradient=True, is_finite=True)
 
     @property
     def momentum(self) -> Elements:
         """The momenta M."""
-        return Elements(self, lambda: self._settled()._stack.state["momentum_buffer"])
+        return Elements(self, lambda: self._settled()._stack.state["momentum_buffer"], of="momentum")
 
     @property
     def weight(self) -> Elements:
         """The weights W, to be read; `apply` writes them."""
-        return Elements(self, self._weights)
+        return Elements(self, self._weights, of="weight")
 
     def look_ahead(self, h: HyperParameters) -> Elements:
         """N from the momentum before this step, nothing changed: ``(1 - mu) G + mu M'`` with Nesterov, else ``M'``.
@@ -162,7 +160,7 @@ class Matrices:
             weight = 1 - h.momentum**2 if h.nesterov else 1 - h.momentum
             return list(torch._foreach_lerp(buffer.unbind(), grad.tensors(), weight))
 
-        return Elements(self, read, until=self._resumed)
+        return Elements(self, read, until=self._resumed, of="momentum")
 
     def advance(self, h: HyperParameters, toward: Elements | None = None) -> Elements:
         """Move the momentum, ``M <- mu M + (1 - mu) G``, and give N: ``(1 - mu) G + mu M`` with Nesterov, else M.
@@ -175,11 +173,9 @@ class Matrices:
         state, buffer = self._stack.state["momentum_buffer"], self._momentum()
         if toward is None:
             toward = self.grad
-        self._written.append("momentum" if toward.is_gradient else "momentum of its own")
-        if toward.is_gradient:
-            grad = self._masked_gradient()
-        else:
-            grad = torch.where(self._mask(), toward.stacked().to(buffer.dtype), buffer)
+        moved = self._masked_gradient() if toward.is_gradient else toward.stacked()
+        self._written.extend(["momentum"] if toward.is_gradient else ["momentum", "momentum of its own"])
+        grad = moved if toward.is_gradient else torch.where(self._mask(), moved.to(buffer.dtype), buffer)
         formulas.update_momentum(grad, buffer, momentum=h.momentum)
         if buffer.dtype != state.dtype:
             state.copy_(buffer)
@@ -196,7 +192,6 @@ class Matrices:
             step_size: Numbers (K, 1, 1), (K, 1, n) or (K, m, 1), or one for all.
             decay: Likewise.
         """
-        self._written.append("weight")
         stack_, dtype, invalid = self._stack, self._stack.statistics_dtype, self._of_parameters(self._invalid)
         if not isinstance(direction, Elements):
             raise TypeError(f"Expected apply to have elements as its direction but got {kind_of(direction)}.")
@@ -210,6 +205,7 @@ class Matrices:
             stacked = fill(~self._mask(), 0)
         if self._on_cpu and stacked.dtype != dtype:
             stacked = self._workspace.like(stacked, dtype).copy_(stacked)
+        self._written.append("weight")
         weights, sizes = self._weights(), self._laid_out(size, 0)
         factors = None if factor is None else self._laid_out(factor.masked_fill(invalid, 1), 1)
         if self._in_one:
@@ -225,19 +221,20 @@ class Matrices:
     def __getattr__(self, name: str) -> Any:
         kind = self._kind(name)
         if kind == "element":
-            return Elements(self, lambda: self._stack.state[name])
+            return Elements(self, lambda: self._stack.state[name], of=name)
         parts = [self._stack.layout.by_block(self._stack.state[name], kind)[b] for b in self._blocks]
-        return self._together(parts)
+        return self._together(parts).clone()  # else it would change with the state
 
     def __setattr__(self, name: str, value: Any) -> None:
         kind = self._kind(name)
-        self._written.append(name)
         state = self._stack.state[name]
         if kind == "element":
             if not isinstance(value, Elements):
                 raise TypeError(f"Expected x.{name} to be set to elements but got {kind_of(value)}.")
             torch.where(self._mask(), value.stacked().to(state.dtype), state, out=state)
+            self._written.append(name)
             return
+        self._written.append(name)
         value = self._number(value, f"x.{name}").to(state.dtype)
         views = self._stack.layout.by_block(state, kind)
         value = value.view(len(state), len(self._blocks), *value.shape[1:])
@@ -302,7 +299,7 @@ class Matrices:
                 f"Expected {what} to have numbers (K, 1, 1), (K, 1, n) or (K, m, 1), here with K, m, n = {K}, {m}, "
                 f"{n}, but got {tuple(value.shape)}."
             )
-        return value
+        return value.to(self._stack.statistics_dtype)
 
     def _laid_out(self, number: Tensor, other: float) -> Tensor:
         """Numbers of these blocks, spread over the shards; the elements of other blocks have another one."""

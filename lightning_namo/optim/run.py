@@ -141,8 +141,6 @@ class StackRun:
         self._skipped = self._invalid if stack.holders is None else (present > 0) & self._invalid
         for x in self._xs:
             x._decided(valid, self._invalid)
-        if self.requests.sums_first:
-            self.answer(totals)
         if stack.tolerance is None:
             return None
         return valid & (totals[-1].abs() > stack.tolerance * norm_sq)
@@ -179,14 +177,16 @@ class StackRun:
     def answer(self, totals: Sequence[Tensor]) -> None:
         """Keep the sums that the rule waits for; it goes on with them in `depart`, `arrive` or `go_on`.
 
-        Where a matrix is not valid they are 1, so that what the rule makes of them is finite.
+        Where a matrix is not valid they are finite, so that what the rule makes of them is, too.
         """
         left, self._answers = iter(totals), []  # of which the first ones are the sums
-        self.leading_left -= 1
+        first, self.leading_left = self._resumed == 1 and self.requests.sums_first, self.leading_left - 1
         for x, asked in zip(self._xs, self._asked, strict=True):
-            invalid = x._of_parameters(self._invalid)
             assert isinstance(asked, Sum)
-            self._answers.append(tuple(next(left).masked_fill(invalid, 1) for _ in asked.parts))
+            of_x = [next(left) for _ in asked.parts]
+            if not first:  # the engine sees to the first sums, of all stacks at once
+                of_x = [total.masked_fill(x._of_parameters(self._invalid), 1) for total in of_x]
+            self._answers.append(tuple(of_x))
 
     def go_on(self) -> None:
         """Let the rule go on with its answers."""
@@ -197,9 +197,12 @@ class StackRun:
 
     def arrive(self, polar: Tensor) -> None:
         """Let the rule go on with the polar factors, (P, elements)."""
+        if "polar" in self.requests.kinds[self._resumed :]:  # alone, it is in memory that the next round takes
+            polar = polar.clone()
         shards = polar.view(len(self._grads), *self.stack.local_shape)
+        is_own = len(self._xs) == 1  # else all blocks are in it
         with self._workspace.frame():
-            self._resume([Elements.of(x, shards, is_finite=True) for x in self._xs])
+            self._resume([Elements.having(x, shards, is_own=is_own, is_finite=True) for x in self._xs])
             self._hold()
             self._forget()
 
@@ -228,6 +231,8 @@ class StackRun:
         for x, direction in zip(self._xs[1:], directions[1:], strict=True):  # blocks of other shapes
             own = x._laid_out(torch.ones_like(x.step), 0) > 0
             out.copy_(torch.where(own, direction.stacked().to(out.dtype), out))
+        if not all(direction.is_finite for direction in directions):
+            out.masked_fill_(self._invalid.view(-1, *(1 for _ in out.shape[1:])), 0)
         self._asked = []  # their memory is free
 
     def _forget(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from lightning_namo.sharding.layout import Layout, StatisticKind
 from lightning_namo.sharding.local import local_tensor
 
 StateKind = Literal["element"] | StatisticKind
+STATE_KINDS = ("element", *get_args(StatisticKind))
 
 
 @dataclass(eq=False)
@@ -115,7 +116,15 @@ class MatrixStack:
             states: The optimizer's.
         """
         of_parameters = [states[parameter.tensor] for parameter in self.parameters]
-        for key in of_parameters[0]:
+        keys = ("momentum_buffer", "step", "skipped", *self.kinds)
+        for parameter, state in zip(self.parameters, of_parameters, strict=True):
+            if missing := [key for key in keys if key not in state]:
+                raise ValueError(
+                    f"Expected the state of {parameter.name} to have {', '.join(keys)}, but it lacks "
+                    f"{', '.join(missing)}. Clear all of it to start it anew."
+                )
+        self.state = {}
+        for key in keys:
             parts = [local_tensor(state[key]) for state in of_parameters]
             if len(parts) == 1:
                 self.state[key] = parts[0].unsqueeze(0)

@@ -18,12 +18,15 @@ from lightning_namo.optim.adamw import adamw_state
 from lightning_namo.optim.formulas import bias_correction
 from lightning_namo.optim.groups import NUMBERS, GroupedOptimizer, no_module, parameter_names, validate_adamw
 from lightning_namo.optim.ranges import check
-from lightning_namo.optim.stack import StateKind, momentum_dtype, statistics_dtype
+from lightning_namo.optim.rule import Matrices
+from lightning_namo.optim.stack import STATE_KINDS, StateKind, momentum_dtype, statistics_dtype
 from lightning_namo.sharding.discovery import holds_fsdp1, region_of
 from lightning_namo.sharding.local import local_tensor
 
 # Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means in a state.
 ADDED_KEYS: dict[str, Any] = {"transposed": False, "blocks": 1, "momentum_dtype": None}
+# Names that states of a rule cannot have: x has them, or the state of every matrix, or AdamW's.
+RESERVED = {"momentum_buffer", "skipped", "exp_avg", "exp_avg_sq", *(name for name in dir(Matrices) if name[0] != "_")}
 
 
 class StatefulOptimizer(GroupedOptimizer):
@@ -40,6 +43,17 @@ class StatefulOptimizer(GroupedOptimizer):
     """
 
     state: Any = {}  # of the class: kinds of states that the subclass adds, by name; of an optimizer: as torch's
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Check the names and kinds of the states."""
+        super().__init_subclass__(**kwargs)
+        for name, kind in cls.state.items():
+            check(kind in STATE_KINDS, cls.__name__, f"the kind of state {name!r}", f"one of {STATE_KINDS}", repr(kind))
+            taken = name in RESERVED or name.startswith("_") or not name.isidentifier()
+            check(
+                not taken, cls.__name__, "the name of a state", "one that x and AdamW's state do not have", repr(name)
+            )
+
     added: ClassVar[Mapping[str, Any]] = ADDED_KEYS
     adopt_state: bool = False
     has_adopted: bool = False

@@ -131,7 +131,7 @@ class _Trial:
                 request = None
             if isinstance(request, Polar):
                 request.direction.write(sent)
-                request.direction = Elements.of(x, sent)  # gone once it was sent
+                request.direction = Elements.having(x, sent)  # gone once it was sent
             x._resume()
         if self.memory is not None:
             self.peaks.append(self.memory.peak)
@@ -148,7 +148,7 @@ class _Trial:
                 self.starts_numbers = any(kinds.get(key, "element") != "element" for key in x._written)
             self.sums.append(0)
             shards = torch.empty_like(x._stack.state["momentum_buffer"], dtype=self._wire)
-            return Elements.of(x, shards, is_finite=True)
+            return Elements.having(x, shards, is_finite=True)
         if len(self.asked) == 1:
             self.sums_first = not x._written and any(part.of_gradient for part in request.parts)
         self.sums.append(sum(part.tensor.numel() for part in request.parts))

@@ -181,6 +181,140 @@ def test_what_is_made_of_the_gradient_can_be_kept() -> None:
         torch.testing.assert_close(p, start - 0.1 * (polar(G) + G + start), rtol=1e-5, atol=1e-6)
 
 
+def one_step(rule: Callable[..., Any], kinds: dict[str, str] | None = None, blocks: Any = 1, **hyper: Any) -> Any:
+    """A matrix and its optimizer after a step of a rule; its weight was W and its gradient G."""
+    p = nn.Parameter(W.clone())
+    optimizer = optimizer_of(rule, kinds, **hyper)([{"params": [p], "blocks": blocks}], lr=1.0)
+    p.grad = G.clone()
+    optimizer.step()
+    return p.detach(), optimizer
+
+
+W, G = randn(6, 4), randn(6, 4, seed=1)
+
+
+@pytest.mark.parametrize("change", ["to", "mul_"])
+def test_blocks_of_unequal_rows_do_not_share_what_is_made_of_their_polar_factors(change: str) -> None:
+    def rule(self: Any, x: Any, h: Any) -> Any:
+        O = yield Polar(x.grad)
+        x.apply(O.to(torch.float32) if change == "to" else O.mul_(1.0), h.lr)
+
+    p, _ = one_step(rule, blocks=[4, 2])
+    torch.testing.assert_close(p, W - torch.cat([polar(G[:4]), polar(G[4:])]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_polar_factor_may_be_held_over_another() -> None:
+    def rule(self: Any, x: Any, h: Any) -> Any:
+        O = yield Polar(x.grad)
+        yield Polar(O.flip(-1) * x.grad)
+        x.apply(O, h.lr)
+
+    def plain(self: Any, x: Any, h: Any) -> Any:
+        O = yield Polar(x.grad)
+        x.apply(O, h.lr)
+
+    held, alone = (one_step(r, orthogonalizer="newton_schulz")[0] for r in (rule, plain))
+    assert torch.equal(held, alone)
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_numbers_that_were_read_stay_as_they_were(blocks: int) -> None:
+    def rule(self: Any, x: Any, h: Any) -> Any:
+        yield Sum(x.square_sum(x.grad))
+        old = x.a
+        x.a = x.a + 1
+        x.a, x.b = x.b, x.a
+        O = yield Polar(x.advance(h))
+        x.apply(O, old)
+
+    p, optimizer = one_step(rule, {"a": "matrix", "b": "matrix"}, blocks)
+    state = next(iter(optimizer.state.values()))
+    assert torch.equal(p, W)
+    assert (state["a"] == 0).all()
+    assert (state["b"] == 1).all()
+
+
+def in_place_number(self: Any, x: Any, h: Any) -> Any:
+    yield Sum(x.square_sum(x.grad))
+    x.v *= 0.5
+    x.v += 1
+    O = yield Polar(x.advance(h))
+    x.apply(O, h.lr)
+
+
+def in_place_elements(self: Any, x: Any, h: Any) -> Any:
+    O = yield Polar(x.advance(h).sign_())
+    x.u = x.u.mul_(0.5).add_(O.square())
+    x.momentum.mul_(0.5)
+    x.weight.mul_(0.5)
+    x.apply(O.mul_(1.0), h.lr)
+
+
+def not_finite_direction(self: Any, x: Any, h: Any) -> Any:
+    yield Sum(x.square_sum(x.grad))
+    x.v = x.v + 1
+    O = yield Polar(x.advance(h) * x.spread(1 / x.v.sqrt()))
+    x.apply(O, h.lr)
+
+
+def raw_gradient(self: Any, x: Any, h: Any) -> Any:
+    kept = x.grad * 1.0
+    yield Sum(x.square_sum(x.grad))
+    O = yield Polar(kept)
+    x.apply(O, h.lr)
+
+
+def spread_state(self: Any, x: Any, h: Any) -> Any:
+    yield Polar(x.grad)
+    x.rows = x.rows + 1
+    x.apply(x.spread(x.rows), h.lr)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 1)])
+@pytest.mark.parametrize("method", ["svd", "newton_schulz"])
+@pytest.mark.parametrize("rule", [in_place_number, in_place_elements, not_finite_direction, raw_gradient, spread_state])
+def test_no_rule_changes_a_matrix_that_is_not_valid(rule: Any, method: str, shape: tuple[int, int]) -> None:
+    parameters = [nn.Parameter(randn(*shape, seed=i)) for i in range(2)]
+    cls = optimizer_of(rule, {"v": "matrix", "rows": "row", "u": "element"}, orthogonalizer=method, nesterov=False)
+    optimizer = cls(parameters)
+    for step in range(3):
+        for index, p in enumerate(parameters):
+            p.grad = gradient(p, step, index)
+        if step != 1:
+            parameters[0].grad[0, 0] = nan
+        before = parameters[0].detach().clone(), copy.deepcopy(optimizer.state_dict()["state"][0])
+        optimizer.step()
+        if step != 1:
+            after = optimizer.state_dict()["state"][0]
+            assert torch.equal(parameters[0], before[0])
+            assert all(torch.equal(after[key], value) for key, value in before[1].items() if key != "skipped")
+    assert all(p.isfinite().all() for p in parameters)
+
+
+def test_methods_in_place_change_what_the_rule_has_only() -> None:
+    p, optimizer = one_step(in_place_elements, {"v": "matrix", "rows": "row", "u": "element"}, nesterov=False)
+    state = next(iter(optimizer.state.values()))
+    torch.testing.assert_close(state["momentum_buffer"], 0.1 * G)
+    torch.testing.assert_close(p, W - polar(G.sign()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.int64])
+def test_numbers_of_any_dtype_scale_as_numbers_do(dtype: torch.dtype) -> None:
+    def rule(self: Any, x: Any, h: Any) -> Any:
+        O = yield Polar(x.grad)
+        x.apply(O, torch.ones_like(x.step).to(dtype), decay=torch.ones_like(x.step).to(dtype))
+
+    torch.testing.assert_close(one_step(rule)[0], W - polar(G), rtol=1e-5, atol=1e-5)
+
+
+def test_elements_that_are_not_equal_can_be_told() -> None:
+    def rule(self: Any, x: Any, h: Any) -> Any:
+        yield Polar(x.grad)
+        x.apply(x.grad * (x.grad != 0), h.lr)
+
+    assert torch.equal(one_step(rule)[0], W - G)
+
+
 # --- what the engine keeps for them ---------------------------------------------------------------
 
 
@@ -329,6 +463,32 @@ def direction_is_a_number(self: Any, x: Any, h: Any) -> Any:
     yield Polar(x.v)
 
 
+def read_after_a_write(self: Any, x: Any, h: Any) -> Any:
+    O = yield Polar(x.advance(h))
+    old = x.u
+    x.u = O
+    x.apply(O - old, h.lr)
+
+
+def momentum_after_it_moved(self: Any, x: Any, h: Any) -> Any:
+    M = x.momentum
+    yield Polar(x.advance(h) - M)
+
+
+def several_results(self: Any, x: Any, h: Any) -> Any:
+    O = yield Polar(x.advance(h))
+    x.apply(O, O.abs().max(dim=-1, keepdim=True).values)
+
+
+def decision(self: Any, x: Any, h: Any) -> Any:
+    if x.grad > 0:
+        yield Polar(x.grad)
+
+
+def out_of_a_function(self: Any, x: Any, h: Any) -> Any:
+    yield Polar(torch.neg(x.grad, out=x.momentum))
+
+
 def no_end(self: Any, x: Any, h: Any) -> Any:
     while True:
         yield Polar(x.grad)
@@ -348,6 +508,11 @@ MISTAKES = [
     (rows_for_columns, ValueError, r"Expected x.columns to be set to numbers \(K, 1, 4\)"),
     (held_over_a_request, RuntimeError, "Expected elements to be used before the next yield"),
     (direction_is_a_number, TypeError, "Expected Polar to be asked for elements"),
+    (read_after_a_write, RuntimeError, "Expected elements to be used before x.u is written"),
+    (momentum_after_it_moved, RuntimeError, "Expected elements to be used before x.momentum is written"),
+    (several_results, TypeError, "which are this rank's only"),
+    (decision, TypeError, "Expected a decision that all ranks take alike"),
+    (out_of_a_function, TypeError, "Expected neg to make new elements"),
     (no_end, ValueError, "Expected the rule of Own to end"),
 ]
 
@@ -355,7 +520,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("rule", "error", "words"), MISTAKES)
 def test_a_mistake_is_told_before_anything_is_changed(rule: Any, error: type[Exception], words: str) -> None:
     p = nn.Parameter(randn(6, 4))
-    optimizer = optimizer_of(rule, {"v": "matrix", "columns": "column"})([p])
+    optimizer = optimizer_of(rule, {"v": "matrix", "columns": "column", "u": "element"})([p])
     p.grad, before = randn(6, 4, seed=1), p.detach().clone()
     with pytest.raises(error, match=words):
         optimizer.step()
@@ -372,6 +537,24 @@ def test_an_optimizer_without_a_rule_is_told_to_have_one() -> None:
     p.grad = randn(6, 4)
     with pytest.raises(TypeError, match=r"Expected Empty to have a rule: def rule\(self, x, h\)"):
         Empty([p]).step()
+
+
+@pytest.mark.parametrize("name", ["step", "grad", "momentum_buffer", "exp_avg", "apply", "_stack", "no name"])
+def test_names_that_are_taken_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"Own: expected the name of a state to be one that .* got '{name}'"):
+        optimizer_of(no_end, {name: "matrix"})
+
+
+def test_kinds_of_states_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Own: expected the kind of state 'v' to be one of .* but got 'columns'"):
+        optimizer_of(no_end, {"v": "columns"})
+
+
+def test_a_state_that_lacks_a_part_is_told() -> None:
+    parameters, optimizer = trained(NAMO, steps=1)
+    del optimizer.state[parameters[0]]["momentum_buffer"]
+    with pytest.raises(ValueError, match="but it lacks momentum_buffer"):
+        optimizer.step()
 
 
 def test_a_rule_that_asks_for_something_else_than_in_its_trial_is_told() -> None:
