@@ -25,10 +25,11 @@ from tests.helpers.strategies import (
     model_parallel,
     tensor_parallel,
 )
+from tests.helpers.two_rounds import TwoRounds
 from tests.helpers.worker import gathered_weights
 
 STEPS, SAVED_AT, SAMPLES = 5, 3, 6
-CLASSES: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon}
+CLASSES: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon, "TwoRounds": TwoRounds}
 ADOPTER = NAMOD  # goes on where AdamW stopped
 
 

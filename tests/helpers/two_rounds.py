@@ -18,9 +18,8 @@ def power_of_two(number: Tensor) -> Tensor:
 class TwoRounds(OrthogonalizedOptimizer):
     state: Any = {"norm": "matrix", "columns": "column", "rows": "row", "average": "element"}
 
-    def __init__(self, params: Any, lr: float = 0.01, orthogonalizer: str = "newton_schulz") -> None:
-        defaults = {"lr": lr, "weight_decay": 0.1, "momentum": 0.9, "nesterov": True, "orthogonalizer": orthogonalizer}
-        super().__init__(params, defaults)
+    def __init__(self, params: Any, lr: float = 0.01, momentum: float = 0.9, **keys: Any) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.1, "momentum": momentum, "nesterov": True, **keys})
 
     def rule(self, x: Any, h: Any) -> Any:
         G_sq, W_columns = yield Sum(x.square_sum(x.grad), x.column_square_sum(x.weight))
