@@ -29,6 +29,7 @@ class TwoRounds(OrthogonalizedOptimizer):
         x.rows = 0.9 * x.rows + N_rows
         O = (yield Polar(x.advance(h))).to(x.average.dtype)
         x.average = x.average.lerp(O, 0.1)
+        x.advance(h, toward=O)
         O_sq, A_columns = yield Sum(x.square_sum(O), x.column_square_sum(x.average))
         rows = x.spread(power_of_two(x.rows / (x.norm + 1e-3)).clamp(0.5, 2.0))
         U = (yield Polar(O * rows + x.average)).to(O.dtype)

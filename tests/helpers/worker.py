@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, whole
 from tests.helpers.two_rounds import TwoRounds
 
 ALGORITHMS: dict[str, Any] = {"namo": NAMO, "namo_d": NAMOD, "muon": Muon, "adamuon": AdaMuon, "two_rounds": TwoRounds}
-ALGORITHMS |= {"muon_post": functools.partial(Muon, order="post")}
 VARIANTS = {  # name: (dtype, orthogonalizer, dtype of the iteration, whether the accelerators' path is taken)
     "float64-exact": (torch.float64, "svd", None, None),
     "float32-exact": (torch.float32, "svd", None, None),
