@@ -119,9 +119,13 @@ class StatefulOptimizer(GroupedOptimizer):
         try:  # torch's gives what is in the attribute to its hooks
             for parameter, state in zip(states, saved, strict=True):
                 self.state[parameter.tensor] = {key: _of_its_own(value) for key, value in state.items()}
-            return super().state_dict()
+            state_dict = super().state_dict()
         finally:
             self.state = own
+        for group in state_dict.get("param_groups", ()):
+            if group.get("order") == STRUCTURE["order"]:  # torch.distributed.checkpoint wants no key that was not saved
+                del group["order"]
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but by the parameters' names where there are any, and with the dtypes of this optimizer's state.

@@ -146,6 +146,7 @@ WRONG: dict[str, list[Any]] = {  # by annotation
     "types.ClosedUnitInterval | None": [*NO_NUMBER, -0.1, 1.0001],
     "types.NonNegativeFloat | None": [*NO_NUMBER, -1],
     "Decay": ["xyz", 0, [], None, "LR", {}, True],
+    "Order": ["xyz", 0, [], None, "PRE", {}, True],
     "tuple[types.HalfOpenUnit, types.HalfOpenUnit]": [
         0.9,
         [0.9],
@@ -170,6 +171,7 @@ RIGHT: dict[str, st.SearchStrategy[Any]] = {
     "types.ClosedUnitInterval | None": st.floats(0, 1) | st.none(),
     "types.NonNegativeFloat | None": st.floats(0, 10) | st.none(),
     "Decay": st.sampled_from(["adaptive", "lr"]),
+    "Order": st.sampled_from(["pre", "none", "post"]),
     "tuple[types.HalfOpenUnit, types.HalfOpenUnit]": st.lists(st.floats(0, 0.99), min_size=2, max_size=2),
 }
 
