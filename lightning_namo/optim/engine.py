@@ -365,9 +365,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         exchange, queue = self._exchange, deque(runs)
         later: Callable[[], None] | None = None
         while queue:
-            for number, results in exchange.map(queue, lambda k: self._departing(runs[k]), self._work(runs)):
+            for number, results in exchange.map(queue, lambda k: self._directions(runs[k]), self._work(runs)):
                 for place in list(results):  # no name keeps a polar factor for longer than its rule does
-                    runs[number][place].arrive(results.pop(place))
+                    runs[number][place].take_polar(results.pop(place))
                 if later is not None:
                     later()
                 later = self._go_on(runs[number], number, queue)
@@ -378,14 +378,14 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 later()
                 later = None
 
-    def _departing(self, runs: Sequence[StackRun]) -> dict[int, Tensor]:
+    def _directions(self, runs: Sequence[StackRun]) -> dict[int, Tensor]:
         """The directions N of a bucket's stacks, by place, in their wire dtype."""
         workspace, directions = self._exchange.workspace, {}
         for place, run in enumerate(runs):
             if not run.has_ended:
                 shape = (len(run.stack.parameters), *run.stack.local_shape)
                 directions[place] = workspace.take(shape, run.stack.parameters[0].wire_dtype, self._exchange.device)
-                run.depart(directions[place])
+                run.write_directions(directions[place])
         return directions
 
     def _go_on(self, runs: Sequence[StackRun], number: int, queue: deque[int]) -> Callable[[], None]:
@@ -467,7 +467,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             self._leading_sums({0: runs}, [])
         for run in runs:
             with exchange.workspace.frame():
-                self._departing([run])
+                self._directions([run])
             run.stack.state["step"].copy_(run.norm_sq > 0)
 
 

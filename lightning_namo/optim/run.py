@@ -175,7 +175,7 @@ class StackRun:
         return [part.tensor for asked in self._asked if isinstance(asked, Sum) for part in asked.parts]
 
     def answer(self, totals: Sequence[Tensor]) -> None:
-        """Keep the sums that the rule waits for; it goes on with them in `depart`, `arrive` or `go_on`.
+        """Keep the sums that the rule waits for; it goes on with them in `write_directions` or `go_on`.
 
         Where a matrix is not valid they are finite, so that what the rule makes of them is, too.
         """
@@ -195,7 +195,7 @@ class StackRun:
             self._hold()
             self._forget()
 
-    def arrive(self, polar: Tensor) -> None:
+    def take_polar(self, polar: Tensor) -> None:
         """Let the rule go on with the polar factors, (P, elements)."""
         if "polar" in self.requests.kinds[self._resumed :]:  # alone, it is in memory that the next round takes
             polar = polar.clone()
@@ -206,7 +206,7 @@ class StackRun:
             self._hold()
             self._forget()
 
-    def depart(self, out: Tensor) -> None:
+    def write_directions(self, out: Tensor) -> None:
         """Let the rule go on to a polar factor, and write the directions N that it gives to a tensor (P, ...)."""
         if self._held is not None:
             out.copy_(self._held)
@@ -218,7 +218,7 @@ class StackRun:
             self._forget()
 
     def _hold(self) -> None:
-        """Keep directions that depart in the bucket's next round."""
+        """Keep directions that are sent in the bucket's next round."""
         if self.asks_for_polar:
             parameter = self.stack.parameters[0]
             shape = (len(self._grads), *self.stack.local_shape)

@@ -31,14 +31,14 @@ class Scratch:
 
     Attributes:
         leading: Before its first polar factor's directions are asked for.
-        departing: While it makes the directions.
+        directing: While it makes the directions.
         held: From then on until the polar factor is there.
         applied: After a polar factor, to the next request or the end.
         waiting: While it waits for sums after a polar factor, beside the factor; 0 if it asks for none.
     """
 
     leading: float
-    departing: float
+    directing: float
     held: float
     applied: float
     waiting: float

@@ -37,7 +37,7 @@ def peak_buffers(
         scratch = [none, none, *(of_rank[rank] for of_rank in of_buckets), none]
         if ranks == 1:
             peaks[rank] = max(
-                max(s.leading, s.shards + max(s.departing, s.held + s.owned + max(s.working, s.applied)))
+                max(s.leading, s.shards + max(s.directing, s.held + s.owned + max(s.working, s.applied)))
                 for s in scratch
             )
             continue
@@ -50,10 +50,10 @@ def peak_buffers(
             following = scratch[k + 1] if k + 1 < len(scratch) else none
             ahead = there[k + 1] if k + 1 < len(there) else 0
             left = back[k - 1] + (scratch[k - 2].waiting and back[k - 2] + scratch[k - 2].waiting)
-            departing = there[k] + following.shards + max(following.departing, ahead)
+            directing = there[k] + following.shards + max(following.directing, ahead)
             at_work = ahead + 2 * scratch[k].owned + scratch[k].held + max(scratch[k].working, back[k])
             applied = ahead + back[k] + max(scratch[k - 1].applied, scratch[k - 1].waiting + scratch[k - 2].applied)
-            peaks[rank] = max(peaks[rank], left + max(departing, at_work, applied))
+            peaks[rank] = max(peaks[rank], left + max(directing, at_work, applied))
     return peaks
 
 
@@ -66,7 +66,7 @@ class _Scratch:
     own: int = 0  # the local part of the results of those
     working: int = 0  # the iteration beside its argument and its results
     leading: int = 0
-    departing: int = 0
+    directing: int = 0
     applied: int = 0
     held: int = 0  # of all stacks
     waiting: int = 0
@@ -97,7 +97,7 @@ class _Scratch:
             for rank in range(ranks):
                 numel, one = sum(assignment.regions[rank][i].numel for i in indices), found[rank]
                 one.leading = max(one.leading, round(of_rule.leading * numel))
-                one.departing = max(one.departing, round(of_rule.departing * numel))
+                one.directing = max(one.directing, round(of_rule.directing * numel))
                 one.applied = max(one.applied, round(of_rule.applied * numel))
                 one.held += round(of_rule.held * numel)
                 one.waiting += round(of_rule.waiting * numel)

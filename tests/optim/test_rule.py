@@ -585,7 +585,7 @@ def test_memory_of_a_rule_is_that_of_what_it_makes() -> None:
         optimizer = cls([nn.Parameter(torch.zeros(shape))])
         parameter = MatrixParameter("w", torch.zeros(shape), optimizer.param_groups[0], layout)
         found[cls] = scratch_of(optimizer.rule, cls.state, parameter, 1, on_cpu=True)
-    assert found[Muon].departing == pytest.approx(4, abs=0.1)
+    assert found[Muon].directing == pytest.approx(4, abs=0.1)
     assert found[Muon].applied == pytest.approx(4, abs=0.1)
     assert found[Muon].held == found[AdaMuon].held == pytest.approx(0, abs=0.1)
     assert found[Muon].waiting == 0
