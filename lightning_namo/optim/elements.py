@@ -20,6 +20,9 @@ _ONLY_A_PART = (
 )
 
 
+_KEEP_FINITE = {"abs", "neg", "sign"}  # functions by which what is finite stays so
+
+
 class Holder(Protocol):
     """What elements know of the `Matrices` that they are of."""
 
@@ -119,7 +122,7 @@ class Elements:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found: list[Holder] = []
-        of_others = set()
+        of_others, is_finite = set(), list[bool]()
         writes = func.__name__.endswith("_") and not func.__name__.endswith("__")
         if "out" in (kwargs or {}):
             raise TypeError(f"Expected {func.__name__} to make new elements, but got out=. Take what it returns.")
@@ -127,6 +130,7 @@ class Elements:
         def plain(value: Any) -> Any:
             if isinstance(value, Elements):
                 found.append(value._x)
+                is_finite.append(value.is_finite)
                 stacked = value.stacked()
                 if writes and not value.is_own:  # the memory of the engine, of a state or of a gradient
                     stacked = stacked.clone()
@@ -144,7 +148,8 @@ class Elements:
         x = found[0]
         if isinstance(result, Tensor) and result.shape == (len(x._stack.parameters), *x._stack.local_shape):
             in_place = result.untyped_storage()._cdata in of_others  # as what .to(dtype) returns may be
-            return Elements.having(x, result.clone() if in_place else result)
+            finite = func.__name__ in _KEEP_FINITE and all(is_finite)
+            return Elements.having(x, result.clone() if in_place else result, is_finite=finite)
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise TypeError(
                 f"Expected {func.__name__} to keep the shape of the elements, which are this rank's only. For sums "
