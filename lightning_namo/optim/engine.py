@@ -316,14 +316,12 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             check: Is told their sums, and which gradients differ between replicas, before a rule goes on.
         """
         every = [run for of_bucket in runs.values() for run in of_bucket]
-        end = self._sums([run.gradient_parts() for run in every], flags)
-        totals, flags = end()
+        totals, flags = self._sums([run.gradient_parts() for run in every], flags)()
         differing = [run.decide(of_run) for run, of_run in zip(every, totals, strict=True)]
         check(flags, [flag for flag in differing if flag is not None])
-        if any(run.requests.sums_first for run in every):
-            for run, of_run in zip(every, end(True)[0], strict=True):
-                if run.requests.sums_first:
-                    run.answer(of_run)
+        for run, of_run in zip(every, totals, strict=True):
+            if run.requests.sums_first:
+                run.answer(of_run)
         while waiting := [run for run in every if run.leading_left]:
             for run in waiting:
                 run.go_on()
@@ -336,24 +334,17 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
 
     def _sums(
         self, parts: Sequence[Sequence[Tensor]], flags: Sequence[Tensor] = ()
-    ) -> Callable[..., tuple[list[list[Tensor]], list[Tensor]]]:
-        """Start to sum the parts of each run, and flags, over the ranks: one all-reduce.
-
-        Returns:
-            What waits for the sums and gives them; called again with True, with 1 for those that are not finite.
-        """
+    ) -> Callable[[], tuple[list[list[Tensor]], list[Tensor]]]:
+        """Start to sum the parts of each run, and flags, over the ranks: one all-reduce. What is returned ends it."""
         flat = [*(part for of_run in parts for part in of_run), *flags]
         if not flat:
-            return lambda finite=False: ([[] for _ in parts], [])
+            return lambda: ([[] for _ in parts], [])
         dtype = max((part.dtype for part in flat), key=lambda d: d.itemsize)
         together = torch.cat([part.flatten().to(dtype) for part in flat])
         wait = self._exchange.start_sum(together)
 
-        def end(finite: bool = False) -> tuple[list[list[Tensor]], list[Tensor]]:
-            if finite:
-                together.nan_to_num_(1, 1, 1)
-            else:
-                wait()
+        def end() -> tuple[list[list[Tensor]], list[Tensor]]:
+            wait()
             split = torch.split(together, [part.numel() for part in flat])
             totals = iter(total.view_as(part).to(part.dtype) for total, part in zip(split, flat, strict=True))
             return [list(itertools.islice(totals, len(of_run))) for of_run in parts], list(totals)

@@ -43,7 +43,12 @@ def direction(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool, 
         nesterov: Whether to look ahead (official code) or not (the paper's box).
         out: Where to write N.
     """
-    return torch.lerp(buffer, grad, 1 - momentum**2 if nesterov else 1 - momentum, out=out)
+    return torch.lerp(buffer, grad, gradient_weight(momentum, nesterov), out=out)
+
+
+def gradient_weight(momentum: float, nesterov: bool) -> float:
+    """The weight of G in N, the average of M before this step and G; see `direction`."""
+    return 1 - momentum**2 if nesterov else 1 - momentum
 
 
 def update_momentum(grad: Tensor, buffer: Tensor, *, momentum: float) -> None:

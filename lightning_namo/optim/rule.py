@@ -157,7 +157,7 @@ class Matrices:
             buffer, grad = self._momentum(), self.grad
             if self._on_cpu or self._valid is not None:
                 return formulas.direction(grad.stacked(), buffer, **keys, out=self._workspace.like(buffer))
-            weight = 1 - h.momentum**2 if h.nesterov else 1 - h.momentum
+            weight = formulas.gradient_weight(**keys)
             return list(torch._foreach_lerp(buffer.unbind(), grad.tensors(), weight))
 
         return Elements(self, read, until=self._resumed, of="momentum")

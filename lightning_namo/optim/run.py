@@ -177,16 +177,13 @@ class StackRun:
     def answer(self, totals: Sequence[Tensor]) -> None:
         """Keep the sums that the rule waits for; it goes on with them in `write_directions` or `go_on`.
 
-        Where a matrix is not valid they are finite, so that what the rule makes of them is, too.
+        Where a matrix is not valid they may not be finite: what the rule writes, applies and sends is masked.
         """
         left, self._answers = iter(totals), []  # of which the first ones are the sums
-        first, self.leading_left = self._resumed == 1 and self.requests.sums_first, self.leading_left - 1
-        for x, asked in zip(self._xs, self._asked, strict=True):
+        self.leading_left -= 1
+        for asked in self._asked:
             assert isinstance(asked, Sum)
-            of_x = [next(left) for _ in asked.parts]
-            if not first:  # the engine sees to the first sums, of all stacks at once
-                of_x = [total.masked_fill(x._of_parameters(self._invalid), 1) for total in of_x]
-            self._answers.append(tuple(of_x))
+            self._answers.append(tuple(next(left) for _ in asked.parts))
 
     def go_on(self) -> None:
         """Let the rule go on with its answers."""

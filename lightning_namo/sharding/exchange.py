@@ -163,13 +163,8 @@ class Exchange:
         """Whether this rank's shard of a matrix counts in sums: replicas count once."""
         return self.assignment.senders[index].get(self.matrices[index].region) == self.rank
 
-    def sum(self, partials: Tensor) -> Tensor:
-        """Sum a tensor over the ranks, in place; the same bits on all of them."""
-        self.start_sum(partials)()
-        return partials
-
     def start_sum(self, partials: Tensor) -> Callable[[], object]:
-        """Start to sum a tensor over the ranks, in place; what is returned waits for it."""
+        """Start to sum a tensor over the ranks, in place, to the same bits; what is returned waits for it."""
         if not self.distributed:
             return _no_group
         with collective("sum their statistics"):
