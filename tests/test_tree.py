@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # A folder may import those before it, and the modules beside them that know nothing of the package.
 FOLDERS = ("", "polar", "sharding", "routing", "checkpoint", "optim", "integration", "gpt2", "planning", "cli")
-SHARED = {"_moved", "atomic_io", "types", "workspace"}
+SHARED = {"_moved", "atomic_io", "ranges", "workspace"}
 LIGHT = FOLDERS[:6]  # know torch only
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -9,8 +9,8 @@ from typing import Any
 from lightning_namo.checkpoint.parameter_state import ParameterState, State, fits, like_own, state_words
 from lightning_namo.routing.names import clean_name
 
-# Keys that say what a group's state is, and what absence means. Of Muon's order momentum has its unit.
-STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None, "order": "pre"}
+# Keys that say what a group's state is, and what absence means; a rule may have more.
+STRUCTURE = {"orthogonalize": True, "transposed": False, "blocks": 1, "algorithm": None}
 
 
 @dataclass
@@ -22,7 +22,11 @@ class Saved:
 
 
 def read(
-    state_dict: Mapping[str, Any], parameters: Sequence[ParameterState], groups: Sequence[dict[str, Any]], cls: str
+    state_dict: Mapping[str, Any],
+    parameters: Sequence[ParameterState],
+    groups: Sequence[dict[str, Any]],
+    cls: str,
+    fixed: Mapping[str, Any],
 ) -> Saved:
     """Bring a state dict into the order of the optimizer, by names where it has them.
 
@@ -31,6 +35,7 @@ def read(
         parameters: The optimizer's parameters, in the order of its groups.
         groups: The optimizer's groups.
         cls: Name of the optimizer's class.
+        fixed: Keys of matrix groups by which the states change their meaning, and what absence means.
 
     Raises:
         ValueError: If it is of other parameters or of another routing; the message names what differs.
@@ -52,7 +57,7 @@ def read(
         ids = [names[clean_name(parameter.name)][1] for parameter in parameters]
         ordered = _matching_groups(theirs, names, parameters, groups)
     for group, own in zip(ordered, groups, strict=True):
-        _check_structure(group, own, cls)
+        _check_structure(group, own, cls, fixed)
     return Saved(ordered, [state_dict["state"].get(i, {}) for i in ids])
 
 
@@ -108,10 +113,10 @@ def _matching_groups(
     return ordered
 
 
-def _check_structure(saved: Mapping[str, Any], own: Mapping[str, Any], cls: str) -> None:
+def _check_structure(saved: Mapping[str, Any], own: Mapping[str, Any], cls: str, fixed: Mapping[str, Any]) -> None:
     """Compare the keys that say what is done with a group; a group of unknown origin has none."""
-    for key, absent in STRUCTURE.items():
-        known = key in own and (key in saved or key == "order")
+    for key, absent in {**STRUCTURE, **fixed}.items():
+        known = key in own and (key in saved or key in fixed)
         if known and saved.get(key, absent) != own[key] and own["params"]:
             what = f"of {cls}" if key == "algorithm" else f"with {key}={own[key]} in group {own['name']!r}"
             found = f"{key}={saved.get(key, absent)!r}"

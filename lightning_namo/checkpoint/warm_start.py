@@ -15,6 +15,7 @@ from lightning_namo.checkpoint.reading import check_names, first_few, saved_name
 from lightning_namo.routing.names import clean_name
 from lightning_namo.sharding.local import local_tensor
 
+OWN_MOMENTUM = "own_momentum"  # key of saved groups whose momentum is no average of gradients
 BiasCorrection: TypeAlias = Callable[[float, Tensor], Tensor]  # from decay and number of steps
 
 
@@ -61,8 +62,8 @@ def warm_start_states(
             fresh.append(parameter.name)
     warnings.warn(
         f"{cls} goes on from another optimizer's checkpoint ({reason.partition('. ')[0]}). Taken over: the momentum of "
-        f"{taken['momentum']} matrices, from which v starts, and the whole state of {taken['whole']} AdamW parameters. "
-        f"Starting anew: {first_few(fresh) or 'none'}. Hyper-parameters are this run's.",
+        f"{taken['momentum']} matrices, from which their other states start, and the whole state of {taken['whole']} "
+        f"AdamW parameters. Starting anew: {first_few(fresh) or 'none'}. Hyper-parameters are this run's.",
         stacklevel=4,
     )
     return states
@@ -102,7 +103,7 @@ def _momentum(
 ) -> Tensor | None:
     """The momentum of a matrix, free of its start at zero where the step and the decay are known."""
     momentum = saved.get("exp_avg", saved.get("momentum_buffer"))
-    if not isinstance(momentum, Tensor) or group.get("order") == "post":  # then it is an average of polar factors
+    if not isinstance(momentum, Tensor) or group.get(OWN_MOMENTUM):
         return None
     dtype = torch.promote_types(parameter.tensor.dtype, parameter.state["momentum_buffer"].dtype)
     taken = _taken(momentum, parameter, "momentum_buffer", dtype)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, auto_cli
-from jsonargparse.typing import register_type
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_namo import types
 from lightning_namo.cli.commands import COMMANDS, LEADING, PROGRAM
 from lightning_namo.cli.lightning_cli import NamoCLI
 from lightning_namo.sharding.process_group import initialized, leave
@@ -49,7 +46,6 @@ def main(args: Sequence[str] | None = None) -> None:
     if sys.path[:1] != [os.getcwd()]:
         sys.path.insert(0, os.getcwd())  # as for `python -m`: classes of the user's are named by their module
     warnings.filterwarnings("default", "lightning_namo", DeprecationWarning)  # of former paths in a config
-    _pass_on_plain_numbers()
     theirs, failed = initialized(), True
     try:
         # the longest, as `prepare openwebtext` is one too
@@ -78,28 +74,6 @@ def main(args: Sequence[str] | None = None) -> None:
     finally:
         if not theirs:
             leave(failed)
-
-
-def _pass_on_plain_numbers() -> None:
-    """Let jsonargparse check numbers against ranges, and pass on int and float.
-
-    Else it passes on its own number types, by way of constructors they reach a checkpoint (a learning rate, a seed),
-    and no checkpoint with them can be loaded: ``weights_only`` refuses their types.
-    """
-    for name in types.__all__:
-        restricted = getattr(types, name)
-        base = int if issubclass(restricted, int) else float
-        plain = functools.partial(_plain, restricted, base)
-        register_type(
-            restricted, base, plain, type_check=lambda value, restricted: False, fail_already_registered=False
-        )
-
-
-def _plain(restricted: Callable[[Any], Any], base: Callable[[Any], Any], value: Any) -> Any:
-    try:
-        return base(restricted(value))
-    except OverflowError as error:  # the parser adds the option's name to a ValueError
-        raise ValueError(str(error)) from error
 
 
 def _complaint(error: BaseException) -> str | None:

@@ -123,7 +123,7 @@ class NamoCLI(LightningCLI):
             sections = self.config[self.config.subcommand]
             check_sections(sections)
             check_checkpoint(sections.get("ckpt_path"))
-        except (RecursionError, ValueError) as error:
+        except (OverflowError, RecursionError, ValueError) as error:
             parser.error(str(error))
         _follow_data(sections.model, sections.data)
 

@@ -18,7 +18,6 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
-from lightning_namo import types
 from lightning_namo.atomic_io import replacing, write_json
 
 RESULT, TABLE = "result.json", "results.csv"
@@ -43,7 +42,7 @@ class Run:
 
 
 def sweep(
-    file: str, print_jobs: bool = False, job: types.NonNegativeInt | None = None, only_table: bool = False
+    file: str, print_jobs: bool = False, job: int | None = None, only_table: bool = False
 ) -> dict[str, Any] | str:
     """Run a grid, one run after the other; what is done is skipped, what was interrupted goes on.
 
@@ -65,7 +64,7 @@ def sweep(
     """
     description = _read(Path(file))
     runs, out_dir = list(_runs(description)), Path(description["out_dir"])
-    if job is not None and job >= len(runs):
+    if job is not None and not 0 <= job < len(runs):
         raise ValueError(f"Expected a job from 0 to {len(runs) - 1}. Got {job}: {file} has {len(runs)} runs.")
     if print_jobs:
         return "\n".join(shlex.join(["lightning-namo", *run.command(str(out_dir))]) for run in runs)

@@ -28,6 +28,7 @@ from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 from lightning_namo.integration.build import make_optimizer
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.schedules import WarmupStableDecay
 from lightning_namo.routing.split import split_parameters
 
@@ -82,7 +83,9 @@ def check_config(config: str) -> None:
 
 
 def check_sections(sections: Namespace) -> None:
-    """Refuse what no constructor of the sections can mean, and the parser lets pass: nulls, and no section at all.
+    """Refuse what no constructor of the sections can mean, and the parser lets pass.
+
+    That are nulls, no section at all, and hyper-parameters out of the ranges of the optimizer's class.
 
     Raises:
         ValueError: With the name of the option.
@@ -97,6 +100,8 @@ def check_sections(sections: Namespace) -> None:
         section = sections.optim.get(key)
         for option in _nulls(section) if isinstance(section, Namespace) else ():
             raise ValueError(f"Expected --optim.{key}.{option} to have a value. Got null.")
+    for option, value, expected in _out_of_range(sections.optim.optimizer):
+        raise ValueError(f"Expected --optim.optimizer.{option} to be {expected}. Got {value!r}.")
     for glob in sections.optim.get("blocks") or ():
         if not isinstance(glob, str):
             raise ValueError(f"Expected the keys of --optim.blocks to be globs over parameter names. Got {glob!r}.")
@@ -113,6 +118,15 @@ def _nulls(section: Namespace) -> Iterator[str]:
             annotation = str(parameter.annotation)
             if "None" not in annotation and "Optional" not in annotation:
                 yield option
+
+
+def _out_of_range(section: Namespace) -> Iterator[tuple[str, Any, str]]:
+    """Arguments of one of this package's optimizers, or of one's own, that its ranges do not have."""
+    cls = pydoc.locate(section.class_path)
+    if isinstance(cls, type) and issubclass(cls, OrthogonalizedOptimizer):
+        for option, value in (section.get("init_args") or {}).items():
+            if option in cls.ranges and not cls.ranges[option].accepts(value):
+                yield option, value, cls.ranges[option].expected
 
 
 def check_data(model: LightningModule, data: LightningDataModule) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from lightning_namo import types
 from lightning_namo.atomic_io import check_output, replacing
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT
 from lightning_namo.gpt2.load import EMBEDDING, HEAD, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import GPT2
+from lightning_namo.ranges import COUNT, check_ranges, or_none
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Weights of a block that transformers keeps as `(in, out)`, in its Conv1D."""
@@ -24,7 +24,7 @@ def export(
     ckpt_path: str,
     out_dir: str,
     data_dir: str | None = None,
-    vocab_size: types.PositiveInt | None = None,
+    vocab_size: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint of a GPT2Module as a folder for `GPT2LMHeadModel.from_pretrained` of transformers.
@@ -47,6 +47,7 @@ def export(
         ValueError: transformers is missing, no checkpoint of a GPT2Module at `ckpt_path`, something at `out_dir`
             already, or a tokenizer that cannot be the run's.
     """
+    check_ranges(locals(), "export", {"vocab_size": or_none(COUNT)})
     transformers = _transformers()
     source, target = Path(ckpt_path), Path(out_dir)
     check_output(target, overwrite)

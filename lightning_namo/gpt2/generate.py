@@ -8,20 +8,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_namo import types
 from lightning_namo.gpt2.load import GPT2_TOKENS, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import sample
+from lightning_namo.ranges import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_ranges, or_none
+
+SAMPLE_RANGES = {
+    "max_new_tokens": COUNT,
+    "sample_tokens": COUNT_OR_ZERO,
+    "temperature": NOT_NEGATIVE,
+    "top_k": or_none(COUNT),
+    "seed": COUNT_OR_ZERO,
+    "vocab_size": or_none(COUNT),
+}
 
 
 def generate(
     ckpt_path: str,
     prompt: str,
-    max_new_tokens: types.PositiveInt = 64,
-    temperature: types.NonNegativeFloat = 0.8,
-    top_k: types.PositiveInt | None = 50,
-    seed: types.NonNegativeInt = 0,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_k: int | None = 50,
+    seed: int = 0,
     data_dir: str | None = None,
-    vocab_size: types.PositiveInt | None = None,
+    vocab_size: int | None = None,
 ) -> str:
     """Continue a text with the network of a checkpoint of a GPT2Module, on the CPU.
 
@@ -41,8 +50,10 @@ def generate(
         The prompt and its continuation.
 
     Raises:
-        ValueError: No checkpoint of a GPT2Module at `ckpt_path`, or no tokenizer that can be the run's.
+        ValueError: Numbers out of range, no checkpoint of a GPT2Module at `ckpt_path`, or no tokenizer that can be the
+            run's.
     """
+    check_ranges(locals(), "generate", SAMPLE_RANGES)
     path = Path(ckpt_path)
     network = load_network(path).float()
     vocabulary = find_vocabulary(path, network.config.vocab_size, data_dir, vocab_size)

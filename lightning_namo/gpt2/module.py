@@ -10,12 +10,12 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
 from torch.nn import functional
 
-from lightning_namo import types
 from lightning_namo.gpt2.data.loaders import IGNORED, Batch
 from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import shard
 from lightning_namo.integration.lightning_clipping import ClipsGradients
+from lightning_namo.ranges import COUNT, check_ranges
 from lightning_namo.sharding.process_group import mean_over_ranks
 
 VOCABULARY_MULTIPLE = 64
@@ -59,28 +59,29 @@ class GPT2Module(ClipsGradients):
             float32 and leaves casting to autocast, as on one device.
 
     Raises:
-        ValueError: `n_head` does not divide `n_embd`, or, when the network is built, `replicas` or
-            the tensor-parallel ranks do not divide what they should.
+        ValueError: A size below 1 or a dropout out of range, `n_head` does not divide `n_embd`, or, when the network is
+            built, `replicas` or the tensor-parallel ranks do not divide what they should.
     """
 
     model: GPT2
 
     def __init__(
         self,
-        vocab_size: types.PositiveInt = 50304,
-        block_size: types.PositiveInt = 1024,
-        n_layer: types.PositiveInt = 12,
-        n_head: types.PositiveInt = 12,
-        n_embd: types.PositiveInt = 768,
+        vocab_size: int = 50304,
+        block_size: int = 1024,
+        n_layer: int = 12,
+        n_head: int = 12,
+        n_embd: int = 768,
         bias: bool = False,
-        dropout: types.HalfOpenUnit = 0.0,
+        dropout: float = 0.0,
         activation_checkpointing: bool = False,
         compile: bool = False,
-        replicas: types.PositiveInt = 1,
+        replicas: int = 1,
         gather_bf16: bool = True,
     ) -> None:
         super().__init__()
         # The shape only: a checkpoint loads whatever way its run was divided.
+        check_ranges({"replicas": replicas}, "GPT2Module", {"replicas": COUNT})
         self.save_hyperparameters(ignore=["activation_checkpointing", "compile", "replicas", "gather_bf16"])
         self.config = GPT2Config(vocab_size, block_size, n_layer, n_head, n_embd, bias, dropout)
         self.activation_checkpointing = activation_checkpointing

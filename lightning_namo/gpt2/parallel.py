@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import linear
 
-from lightning_namo import types
 from lightning_namo.gpt2.model import GPT2, Block
+from lightning_namo.ranges import COUNT, check
 
 
 class MeshStrategy(ModelParallelStrategy):
@@ -33,17 +33,19 @@ class MeshStrategy(ModelParallelStrategy):
         timeout: After which a collective that some rank does not join fails.
 
     Raises:
-        ValueError: By the Trainer, if the two sizes do not multiply to the number of processes.
+        ValueError: For a size below 1. By the Trainer, if the two sizes do not multiply to the number of processes.
     """
 
     def __init__(
         self,
-        data_parallel_size: Literal["auto"] | types.PositiveInt = "auto",
-        tensor_parallel_size: types.PositiveInt = 1,
+        data_parallel_size: Literal["auto"] | int = "auto",
+        tensor_parallel_size: int = 1,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta | None = default_pg_timeout,
     ) -> None:
+        for key, size in (("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size)):
+            check(size == "auto" or COUNT.accepts(size), "MeshStrategy", key, COUNT.expected, repr(size))
         super().__init__(
             data_parallel_size, tensor_parallel_size, save_distributed_checkpoint, process_group_backend, timeout
         )

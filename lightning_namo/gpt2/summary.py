@@ -13,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_namo import types
 from lightning_namo.gpt2.data.loaders import Batch
 from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
+from lightning_namo.gpt2.generate import SAMPLE_RANGES
 from lightning_namo.gpt2.model import sample
 from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.ranges import POSITIVE, Range, check_ranges, is_whole, or_none
 
 
 class TokenThroughput(ThroughputMonitor):
@@ -35,12 +36,12 @@ class TokenThroughput(ThroughputMonitor):
             matrices, twice the dense one.
 
     Raises:
-        ValueError: `window_size` below 2.
+        ValueError: `window_size` below 2, or a peak that is not above 0.
     """
 
-    def __init__(self, window_size: types.PositiveInt = 20, peak_flops: types.PositiveFloat | None = None) -> None:
-        if window_size < 2:
-            raise ValueError(f"Expected window_size of at least 2. Got {window_size}.")
+    def __init__(self, window_size: int = 20, peak_flops: float | None = None) -> None:
+        several = Range(lambda value: is_whole(value) and value > 1, "a whole number >= 2")
+        check_ranges(locals(), "TokenThroughput", {"window_size": several, "peak_flops": or_none(POSITIVE)})
         super().__init__(batch_size_fn=_sequences, window_size=window_size)
         self.peak_flops = peak_flops
 
@@ -76,16 +77,20 @@ class RunSummary(Callback):
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Draw from this many of the likeliest tokens only; None for all.
         seed: Seed of the sample, which leaves the other random numbers alone.
+
+    Raises:
+        ValueError: Numbers out of range.
     """
 
     def __init__(
         self,
         prompt: str = "My fellow Americans",
-        sample_tokens: types.NonNegativeInt = 60,
-        temperature: types.NonNegativeFloat = 0.8,
-        top_k: types.PositiveInt | None = 50,
-        seed: types.NonNegativeInt = 0,
+        sample_tokens: int = 60,
+        temperature: float = 0.8,
+        top_k: int | None = 50,
+        seed: int = 0,
     ) -> None:
+        check_ranges(locals(), "RunSummary", SAMPLE_RANGES)
         self.prompt = prompt
         self.sample_tokens = sample_tokens
         self.temperature = temperature

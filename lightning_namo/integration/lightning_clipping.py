@@ -5,7 +5,6 @@ from __future__ import annotations
 import lightning.pytorch as pl
 from torch.optim import Optimizer
 
-from lightning_namo import types
 from lightning_namo.integration.clipping import _check_bounds, _check_positive, clip_gradients
 from lightning_namo.integration.configure import wrapped
 
@@ -29,9 +28,7 @@ class GradientClipping(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[GradientClipping(max_norm=1.0)], logger=False)
     """
 
-    def __init__(
-        self, max_norm: types.PositiveFloat | None = None, clip_value: types.PositiveFloat | None = None
-    ) -> None:
+    def __init__(self, max_norm: float | None = None, clip_value: float | None = None) -> None:
         super().__init__()
         _check_bounds("GradientClipping", max_norm=max_norm, clip_value=clip_value)
         self.bounds = {"max_norm": max_norm, "clip_value": clip_value}

@@ -31,7 +31,7 @@ from lightning_namo.sharding.agreement import ParameterDescription, checksums, p
 from lightning_namo.sharding.assignment import Matrix
 from lightning_namo.sharding.discovery import part_of
 from lightning_namo.sharding.exchange import Exchange
-from lightning_namo.sharding.layout import ShardRegion
+from lightning_namo.sharding.layout import Layout, Rectangle, ShardRegion
 from lightning_namo.sharding.local import local_gradient, local_tensor, refuse_sparse
 from lightning_namo.sharding.process_group import current_group
 from lightning_namo.sharding.publication import Published
@@ -130,6 +130,11 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         """What the rule asks for in a step of a matrix. Before the first step this is collective."""
         self._prepare()
         return self._requests[id(parameter.group), parameter.layout.shape]
+
+    def _has_own_momentum(self, group: dict[str, Any]) -> bool:
+        layout = Layout((2, 3), Rectangle(0, 2, 0, 3), transposed=False, blocks=(2,))
+        some = MatrixParameter("some matrix", torch.empty(layout.shape, device="meta"), group, layout)
+        return requests_of(self.rule, self._kinds, some).own_momentum
 
     def scratch(self, parameter: MatrixParameter, count: int) -> Scratch:
         """What memory the rule takes for a stack of so many matrices like one."""
@@ -442,7 +447,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         if any(requests.own_momentum for requests in self._requests.values()):
             raise ValueError(
                 f"Expected {type(self).__name__} to average gradients, as what it is to take over does, but its rule "
-                "averages something else (Muon's order='post': polar factors). Start it anew, without adopt_state. "
+                "averages something else. Start it anew, without adopt_state. "
                 "Nothing was loaded."
             )
         runs = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
 import numbers
 import warnings
@@ -14,8 +16,10 @@ from torch.optim.optimizer import Optimizer
 
 from lightning_namo.checkpoint.numbering import number_by_module
 from lightning_namo.optim.adamw import check_memory
-from lightning_namo.optim.ranges import ADAMW_KEYS, RANGES, Range, check_keys, check_ranges, unknown_keys
-from lightning_namo.polar.coefficients import newton_schulz_polynomials
+from lightning_namo.optim.ranges import ADAMW_KEYS, RANGES, MomentumDtype, check_keys, unknown_keys
+from lightning_namo.polar.coefficients import Coefficients, newton_schulz_polynomials
+from lightning_namo.polar.orthogonalize import Method
+from lightning_namo.ranges import UNIT, Range, check_ranges
 from lightning_namo.routing.names import parameter_label
 from lightning_namo.routing.split import ParameterGroups
 from lightning_namo.sharding.discovery import region_of
@@ -24,16 +28,16 @@ from lightning_namo.sharding.local import local_tensor
 
 Params: TypeAlias = Iterable[Any] | ParameterGroups
 NUMBERS = itertools.count()  # of the optimizers of this process, copies too, in the order in which they are built
-ENGINE_DEFAULTS: Mapping[str, Any] = {  # of what a rule does not read: a subclass may leave them out
-    "ns_steps": 5,
-    "ns_coefficients": "quintic",
-    "orthogonalizer": "newton_schulz",
-    "shape_scale": 0.2,
-    "momentum_dtype": None,
-    "adamw_lr": None,
-    "adamw_betas": (0.9, 0.95),
-    "adamw_eps": 1e-8,
-    "adamw_weight_decay": 0.0,
+ENGINE_KEYS: Mapping[str, tuple[Any, Any]] = {  # type and default of what a rule does not read: every class takes them
+    "ns_steps": (int, 5),
+    "ns_coefficients": (Coefficients, "quintic"),
+    "orthogonalizer": (Method, "newton_schulz"),
+    "shape_scale": (float | None, 0.2),
+    "momentum_dtype": (MomentumDtype | None, None),
+    "adamw_lr": (float | None, None),
+    "adamw_betas": (tuple[float, float], (0.9, 0.95)),
+    "adamw_eps": (float, 1e-8),
+    "adamw_weight_decay": (float, 0.0),
 }
 
 
@@ -48,6 +52,7 @@ class GroupedOptimizer(Optimizer):
     schedule (the other's is read from the device by torch's AdamW).
 
     Attributes:
+        ranges: Of the class: what the hyper-parameters may be that it adds to those that all rules know.
         adamw_follows: Whether the learning rate of AdamW groups is that of the matrices, for want of another.
 
     Args:
@@ -63,6 +68,14 @@ class GroupedOptimizer(Optimizer):
     ranges: ClassVar[Mapping[str, Range]] = RANGES
     adamw_follows: bool = False
     _warned: bool = False
+    _engine_keys: Mapping[str, Any] = {}  # given to the constructor of a class that has others
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Add the ranges of the base classes to its own, and the engine's keys to the constructor's signature."""
+        super().__init_subclass__(**kwargs)
+        cls.ranges = {key: of for base in reversed(cls.__mro__) for key, of in vars(base).get("ranges", {}).items()}
+        if "__init__" in vars(cls):
+            cls.__init__ = _with_engine_keys(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         if isinstance(params, nn.Module):
@@ -70,16 +83,17 @@ class GroupedOptimizer(Optimizer):
                 f"{type(self).__name__}: expected groups of parameters but got a module, {type(params).__name__}. "
                 f"{_how_to_build(type(self).__name__)}"
             )
-        defaults = {**ENGINE_DEFAULTS, **defaults}
+        of_engine = {key: default for key, (_, default) in ENGINE_KEYS.items()}
+        defaults = {**of_engine, **defaults, **self._engine_keys}
+        check_ranges({key: plain_value(value) for key, value in defaults.items()}, type(self).__name__, self.ranges)
         matrix_defaults = {key: value for key, value in defaults.items() if not key.startswith("adamw_")}
-        check_ranges({key: _plain(value) for key, value in matrix_defaults.items()}, type(self).__name__, self.ranges)
         self._number = next(NUMBERS)
         self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
         self.adamw_follows = defaults["adamw_lr"] is None
         adamw_defaults = {key: defaults[f"adamw_{key}"] for key in ("lr", "weight_decay", "betas", "eps")}
         if self.adamw_follows:
             adamw_defaults["lr"] = defaults["lr"]
-        self._adamw_defaults = _adamw_group({key: _plain(value) for key, value in adamw_defaults.items()})
+        self._adamw_defaults = _adamw_group({key: plain_value(value) for key, value in adamw_defaults.items()})
         self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
         self._regions: dict[Tensor, tuple[tuple[int, ...], ShardRegion]] = {}
         self._module: Callable[[], torch.nn.Module | None] = no_module
@@ -116,7 +130,7 @@ class GroupedOptimizer(Optimizer):
             self._add_routed(bare, param_group)
             return
         is_matrix = param_group.get("orthogonalize", True)
-        check_ranges({"orthogonalize": is_matrix}, type(self).__name__)
+        check_ranges({"orthogonalize": is_matrix}, type(self).__name__, self.ranges)
         algorithm = type(self).__name__ if is_matrix else "AdamW"
         check_keys(param_group, algorithm, self._keys(is_matrix), self._keys(not is_matrix))
         group = {
@@ -125,7 +139,7 @@ class GroupedOptimizer(Optimizer):
             "orthogonalize": is_matrix,
             **({"algorithm": type(self).__name__} if is_matrix else {}),
         }
-        group = {**{key: _plain(value) for key, value in group.items() if key != "params"}, "params": params}
+        group = {**{key: plain_value(value) for key, value in group.items() if key != "params"}, "params": params}
         if "betas" in param_group and not {"momentum", "beta2"}.isdisjoint(param_group):
             raise ValueError("AdamW: expected betas, or momentum and beta2, but got both in one group. Take betas.")
         group.setdefault("name", "matrices" if is_matrix else "adamw")
@@ -159,14 +173,14 @@ class GroupedOptimizer(Optimizer):
 
         Groups with a learning rate of their own keep it, and AdamW's do where ``adamw_lr`` was given.
         """
-        check_ranges({"lr": _plain(lr)}, type(self).__name__, self.ranges)
+        check_ranges({"lr": plain_value(lr)}, type(self).__name__, self.ranges)
         old, kinds = self._matrix_defaults["lr"], (True, False) if self.adamw_follows else (True,)
         for group in self.param_groups:
             if group["orthogonalize"] in kinds and group["lr"] == old:
-                group["lr"] = _plain(lr)
+                group["lr"] = plain_value(lr)
         for is_matrix in kinds:
-            (self._matrix_defaults if is_matrix else self._adamw_defaults)["lr"] = _plain(lr)
-        self.defaults["lr"] = _plain(lr)
+            (self._matrix_defaults if is_matrix else self._adamw_defaults)["lr"] = plain_value(lr)
+        self.defaults["lr"] = plain_value(lr)
 
     def _keys(self, is_matrix: bool) -> set[str]:
         """The hyper-parameters of groups of matrices, or of AdamW."""
@@ -249,15 +263,38 @@ class GroupedOptimizer(Optimizer):
                 return
 
 
+def _with_engine_keys(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that takes the hyper-parameters of the engine, too, for a class that does not mention them."""
+    signature = inspect.signature(init)
+    parameters = list(signature.parameters.values())
+    lacking = {key: value for key, value in ENGINE_KEYS.items() if key not in signature.parameters}
+    if not lacking or any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return init
+
+    @functools.wraps(init)
+    def with_engine_keys(self: GroupedOptimizer, *args: Any, **kwargs: Any) -> None:
+        given = {key: kwargs.pop(key) for key in lacking if key in kwargs}
+        self._engine_keys = {**self._engine_keys, **given}
+        init(self, *args, **kwargs)
+
+    added = [
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        for key, (kind, default) in lacking.items()
+    ]
+    with_engine_keys.__signature__ = signature.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
+    with_engine_keys.__annotations__ = {**init.__annotations__, **{key: kind for key, (kind, _) in lacking.items()}}
+    return with_engine_keys
+
+
 def no_module() -> None:
     """In place of a weak reference to a module, where there is none."""
     return None
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     """Numbers as Python's own: subclasses (jsonargparse, numpy) do not load from a checkpoint with weights_only."""
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(plain_value(item) for item in value)
     if isinstance(value, Tensor):  # groups are scheduled apart; a number has no dimensions
         return value.clone().reshape(()) if value.numel() == 1 else value.clone()
     if isinstance(value, bool):
@@ -306,7 +343,9 @@ def _adamw_group(group: dict[str, Any]) -> dict[str, Any]:
 
 def validate_adamw(group: dict[str, Any]) -> None:
     """Raise for hyper-parameters of an AdamW group that are out of range."""
-    check_ranges(group, "AdamW")
+    names = {"momentum": "betas[0]", "beta2": "betas[1]"}
+    ranges = {**RANGES, **dict.fromkeys(names.values(), UNIT)}
+    check_ranges({names.get(key, key): value for key, value in group.items()}, "AdamW", ranges)
 
 
 def hyper_parameters(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
-from lightning_namo import types
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.formulas import HyperParameters, ratio, rms_factor, shape_factor
 from lightning_namo.optim.groups import Params, hyper_parameters
-from lightning_namo.optim.ranges import RANGES, MomentumDtype, Range, choice
+from lightning_namo.optim.ranges import MomentumDtype
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
+from lightning_namo.ranges import Range, choice
 
 Order = Literal["pre", "none", "post"]
 
@@ -52,26 +52,26 @@ class Muon(OrthogonalizedOptimizer):
         arXiv 2502.16982; orders: "Denoise First, Orthogonalize Later", arXiv 2606.03899.
     """
 
-    ranges: ClassVar[Mapping[str, Range]] = {**RANGES, "order": choice(*get_args(Order))}
-    added: ClassVar[Mapping[str, Any]] = {**OrthogonalizedOptimizer.added, "order": "pre"}
+    ranges: ClassVar[Mapping[str, Range]] = {"order": choice(*get_args(Order))}
+    fixed: ClassVar[Mapping[str, Any]] = {"order": "pre"}
 
     def __init__(
         self,
         params: Params,
-        lr: types.NonNegativeFloat = 1e-3,
-        weight_decay: types.NonNegativeFloat = 0.1,
-        momentum: types.HalfOpenUnit = 0.95,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
         nesterov: bool = True,
         *,
         order: Order = "pre",
-        ns_steps: types.PositiveInt = 5,
+        ns_steps: int = 5,
         ns_coefficients: Coefficients = "quintic",
         orthogonalizer: Method = "newton_schulz",
-        shape_scale: types.PositiveFloat | None = 0.2,
-        adamw_lr: types.NonNegativeFloat | None = None,
-        adamw_betas: tuple[types.HalfOpenUnit, types.HalfOpenUnit] = (0.9, 0.95),
-        adamw_eps: types.NonNegativeFloat = 1e-8,
-        adamw_weight_decay: types.NonNegativeFloat = 0.0,
+        shape_scale: float | None = 0.2,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))
@@ -122,21 +122,21 @@ class AdaMuon(OrthogonalizedOptimizer):
     def __init__(
         self,
         params: Params,
-        lr: types.NonNegativeFloat = 1e-3,
-        weight_decay: types.NonNegativeFloat = 0.1,
-        momentum: types.HalfOpenUnit = 0.95,
-        beta2: types.HalfOpenUnit = 0.95,
-        eps: types.NonNegativeFloat = 1e-8,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        beta2: float = 0.95,
+        eps: float = 1e-8,
         nesterov: bool = True,
         *,
-        ns_steps: types.PositiveInt = 5,
+        ns_steps: int = 5,
         ns_coefficients: Coefficients = "quintic",
         orthogonalizer: Method = "newton_schulz",
-        shape_scale: types.PositiveFloat | None = 0.2,
-        adamw_lr: types.NonNegativeFloat | None = None,
-        adamw_betas: tuple[types.HalfOpenUnit, types.HalfOpenUnit] = (0.9, 0.95),
-        adamw_eps: types.NonNegativeFloat = 1e-8,
-        adamw_weight_decay: types.NonNegativeFloat = 0.0,
+        shape_scale: float | None = 0.2,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
-from lightning_namo import types
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.formulas import (
     Decay,
@@ -17,16 +16,17 @@ from lightning_namo.optim.formulas import (
     shape_factor,
 )
 from lightning_namo.optim.groups import Params, hyper_parameters
-from lightning_namo.optim.ranges import POSITIVE_OR_NONE, RANGES, MomentumDtype, Range, check, choice, is_number
+from lightning_namo.optim.ranges import MomentumDtype
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
+from lightning_namo.ranges import POSITIVE, Range, check, choice, is_number, or_none
 
 
 class _AdaptiveScale(OrthogonalizedOptimizer):
     """What NAMO and NAMO-D share: ranges of their hyper-parameters."""
 
-    ranges: ClassVar[Mapping[str, Range]] = {**RANGES, "max_step": POSITIVE_OR_NONE, "decay": choice(*get_args(Decay))}
+    ranges: ClassVar[Mapping[str, Range]] = {"max_step": or_none(POSITIVE), "decay": choice(*get_args(Decay))}
 
     def _validate(self, group: dict[str, Any]) -> None:
         super()._validate(group)
@@ -88,23 +88,23 @@ class NAMO(_AdaptiveScale):
     def __init__(
         self,
         params: Params,
-        lr: types.NonNegativeFloat = 0.01,
-        weight_decay: types.NonNegativeFloat = 0.1,
-        momentum: types.HalfOpenUnit = 0.95,
-        beta2: types.HalfOpenUnit = 0.99,
-        eps: types.NonNegativeFloat = 1e-8,
+        lr: float = 0.01,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        beta2: float = 0.99,
+        eps: float = 1e-8,
         nesterov: bool = True,
         *,
-        ns_steps: types.PositiveInt = 5,
+        ns_steps: int = 5,
         ns_coefficients: Coefficients = "quintic",
         orthogonalizer: Method = "newton_schulz",
-        shape_scale: types.PositiveFloat | None = 0.2,
-        max_step: types.PositiveFloat | None = 1.0,
+        shape_scale: float | None = 0.2,
+        max_step: float | None = 1.0,
         decay: Decay = "adaptive",
-        adamw_lr: types.NonNegativeFloat | None = None,
-        adamw_betas: tuple[types.HalfOpenUnit, types.HalfOpenUnit] = (0.9, 0.95),
-        adamw_eps: types.NonNegativeFloat = 1e-8,
-        adamw_weight_decay: types.NonNegativeFloat = 0.0,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))
@@ -161,7 +161,6 @@ class NAMOD(_AdaptiveScale):
     """
 
     ranges: ClassVar[Mapping[str, Range]] = {
-        **_AdaptiveScale.ranges,
         "clamp": Range(
             lambda value: value is None or (is_number(value) and 0 <= value <= 1), "in (0, 1], or None or 0 for none"
         ),
@@ -170,24 +169,24 @@ class NAMOD(_AdaptiveScale):
     def __init__(
         self,
         params: Params,
-        lr: types.NonNegativeFloat = 0.01,
-        weight_decay: types.NonNegativeFloat = 0.1,
-        momentum: types.HalfOpenUnit = 0.95,
-        beta2: types.HalfOpenUnit = 0.99,
-        eps: types.NonNegativeFloat = 1e-8,
+        lr: float = 0.01,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        beta2: float = 0.99,
+        eps: float = 1e-8,
         nesterov: bool = True,
         *,
-        clamp: types.ClosedUnitInterval | None = 0.1,
-        ns_steps: types.PositiveInt = 5,
+        clamp: float | None = 0.1,
+        ns_steps: int = 5,
         ns_coefficients: Coefficients = "quintic",
         orthogonalizer: Method = "newton_schulz",
-        shape_scale: types.PositiveFloat | None = 0.2,
-        max_step: types.PositiveFloat | None = 1.0,
+        shape_scale: float | None = 0.2,
+        max_step: float | None = 1.0,
         decay: Decay = "adaptive",
-        adamw_lr: types.NonNegativeFloat | None = None,
-        adamw_betas: tuple[types.HalfOpenUnit, types.HalfOpenUnit] = (0.9, 0.95),
-        adamw_eps: types.NonNegativeFloat = 1e-8,
-        adamw_weight_decay: types.NonNegativeFloat = 0.0,
+        adamw_lr: float | None = None,
+        adamw_betas: tuple[float, float] = (0.9, 0.95),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
         momentum_dtype: MomentumDtype | None = None,
     ) -> None:
         super().__init__(params, hyper_parameters(locals()))

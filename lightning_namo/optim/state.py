@@ -13,13 +13,20 @@ from torch import Tensor
 from lightning_namo.checkpoint.flat_form import fill_empty, flat_form, plain_form, sync_statistics
 from lightning_namo.checkpoint.parameter_state import ParameterState
 from lightning_namo.checkpoint.reading import STRUCTURE, check_states, laid_out, read
-from lightning_namo.checkpoint.warm_start import warm_start_states
+from lightning_namo.checkpoint.warm_start import OWN_MOMENTUM, warm_start_states
 from lightning_namo.optim.adamw import adamw_state
 from lightning_namo.optim.formulas import bias_correction
-from lightning_namo.optim.groups import NUMBERS, GroupedOptimizer, no_module, parameter_names, validate_adamw
-from lightning_namo.optim.ranges import check
+from lightning_namo.optim.groups import (
+    NUMBERS,
+    GroupedOptimizer,
+    no_module,
+    parameter_names,
+    plain_value,
+    validate_adamw,
+)
 from lightning_namo.optim.rule import Matrices
 from lightning_namo.optim.stack import STATE_KINDS, StateKind, momentum_dtype, statistics_dtype
+from lightning_namo.ranges import check
 from lightning_namo.sharding.discovery import holds_fsdp1, region_of
 from lightning_namo.sharding.local import local_tensor
 
@@ -37,7 +44,8 @@ class StatefulOptimizer(GroupedOptimizer):
     adds. Statistics are float32, or float64 for float64 parameters.
 
     Attributes:
-        added: Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means.
+        fixed: Of the class: hyper-parameters by which its states change their meaning, so that a checkpoint goes on
+            with its own only, and what a checkpoint has that lacks them.
         adopt_state: Whether `load_state_dict` takes over what it can from another optimizer's state dict.
         has_adopted: Whether it did.
     """
@@ -54,11 +62,16 @@ class StatefulOptimizer(GroupedOptimizer):
                 not taken, cls.__name__, "the name of a state", "one that x and AdamW's state do not have", repr(name)
             )
 
-    added: ClassVar[Mapping[str, Any]] = ADDED_KEYS
+    fixed: ClassVar[Mapping[str, Any]] = {}
     adopt_state: bool = False
     has_adopted: bool = False
     _adamw_skipped: Tensor | None = None
     _prepared: Any = None  # what the step has prepared for these groups
+
+    @property
+    def _added(self) -> dict[str, Any]:
+        """Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means."""
+        return {**ADDED_KEYS, **self.fixed}
 
     def _add_state(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
@@ -123,9 +136,16 @@ class StatefulOptimizer(GroupedOptimizer):
         finally:
             self.state = own
         for group in state_dict.get("param_groups", ()):
-            if group.get("order") == STRUCTURE["order"]:  # torch.distributed.checkpoint wants no key that was not saved
-                del group["order"]
+            if group["orthogonalize"] and self._has_own_momentum(group):
+                group[OWN_MOMENTUM] = True
+            for key, absent in self.fixed.items():
+                if group.get(key) == absent:  # torch.distributed.checkpoint wants no key that was not saved
+                    del group[key]
         return state_dict
+
+    def _has_own_momentum(self, group: dict[str, Any]) -> bool:
+        """Whether the momentum of a group of matrices is an average of something else than gradients."""
+        return False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but by the parameters' names where there are any, and with the dtypes of this optimizer's state.
@@ -185,7 +205,7 @@ class StatefulOptimizer(GroupedOptimizer):
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Groups and states of this optimizer's own kind, checked."""
         cls = type(self).__name__
-        saved = read(state_dict, parameters, self.param_groups, cls)
+        saved = read(state_dict, parameters, self.param_groups, cls, self.fixed)
         states = [plain_form(state, parameter) for state, parameter in zip(saved.states, parameters, strict=True)]
         if holds_fsdp1(self._module()):
             fill_empty(states, parameters)
@@ -193,8 +213,9 @@ class StatefulOptimizer(GroupedOptimizer):
         groups = []
         for theirs, own in zip(saved.groups, self.param_groups, strict=True):
             self._check_group(theirs, own)
-            structure = {key: own[key] for key in ("name", *STRUCTURE, *self.added) if key in own}
-            groups.append({**structure, **theirs})
+            structure = {key: own[key] for key in ("name", *STRUCTURE, *self._added) if key in own}
+            plain = {key: plain_value(value) for key, value in theirs.items() if key != OWN_MOMENTUM}
+            groups.append({**structure, **plain})
         return groups, laid_out(states, parameters)
 
     def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
@@ -202,7 +223,7 @@ class StatefulOptimizer(GroupedOptimizer):
         validate, defaults = validate_adamw, self._adamw_defaults
         if own["orthogonalize"]:
             validate, defaults = self._validate, self._matrix_defaults
-        missing = sorted(defaults.keys() - self.added.keys() - saved.keys())
+        missing = sorted(defaults.keys() - self._added.keys() - saved.keys())
         try:
             check(not missing, type(self).__name__, ", ".join(missing), "in the checkpoint", "nothing")
             validate({**own, **saved})
@@ -229,7 +250,7 @@ class StatefulOptimizer(GroupedOptimizer):
         self._prepared = None
         for group in self.param_groups:
             if group.setdefault("orthogonalize", True):
-                group.update({key: value for key, value in self.added.items() if key not in group})
+                group.update({key: value for key, value in self._added.items() if key not in group})
         own = self.__dict__
         if "_number" not in own:
             self._number = next(NUMBERS)
@@ -238,13 +259,13 @@ class StatefulOptimizer(GroupedOptimizer):
         for key, is_matrix in {"_matrix_defaults": True, "_adamw_defaults": False}.items():
             if key not in own:
                 own[key] = self._first_hyper_parameters(is_matrix)
-        own["_matrix_defaults"] = {**self.added, **own["_matrix_defaults"]}
+        own["_matrix_defaults"] = {**self._added, **own["_matrix_defaults"]}
 
     def _first_hyper_parameters(self, is_matrix: bool) -> dict[str, Any]:
         """Those of the first group of matrices or of AdamW, as defaults of an optimizer whose state lacks them."""
         adamw = {"lr": self.defaults["lr"], "weight_decay": 0.0, "momentum": 0.9, "beta2": 0.95, "eps": 1e-8}
         group = next((group for group in self.param_groups if group["orthogonalize"] == is_matrix), adamw)
-        keys = set(group) - {"params", "param_names", "name", "orthogonalize", "algorithm", "initial_lr", *self.added}
+        keys = set(group) - {"params", "param_names", "name", "orthogonalize", "algorithm", "initial_lr", *self._added}
         return {**{key: group[key] for key in keys}, "lr": group.get("initial_lr", group["lr"])}
 
     def skipped_steps(self) -> int:

@@ -9,26 +9,34 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
-from lightning_namo import types
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
 from lightning_namo.planning.cost_model import Estimate, Rank, Rates, estimate
 from lightning_namo.planning.models import Built, build_model, check_heads, recipe_optimizer
 from lightning_namo.planning.simulated_mesh import LAYOUTS, SimulatedMesh
+from lightning_namo.ranges import COUNT, OPEN_UNIT, POSITIVE, check_ranges, or_none
+
+_RANGES = {
+    "ranks": COUNT,
+    **dict.fromkeys(("replicas", "tensor", "tokens_per_step"), or_none(COUNT)),
+    "bucket_mib": or_none(POSITIVE),
+    **dict.fromkeys(("link_gbytes", "tflops", "peak_tflops"), POSITIVE),
+    "model_flops_utilization": OPEN_UNIT,
+}
 
 
 def plan(
-    ranks: types.PositiveInt,
+    ranks: int,
     model: Callable[[], LightningModule] | str = "gpt2_small",
     layout: str | None = None,
-    replicas: types.PositiveInt | None = None,
-    tensor: types.PositiveInt | None = None,
-    bucket_mib: types.PositiveFloat | None = None,
-    link_gbytes: types.PositiveFloat = 50.0,
-    tflops: types.PositiveFloat = 400.0,
-    peak_tflops: types.PositiveFloat = 989.0,
-    model_flops_utilization: types.OpenUnitInterval = 0.4,
-    tokens_per_step: types.PositiveInt | None = None,
+    replicas: int | None = None,
+    tensor: int | None = None,
+    bucket_mib: float | None = None,
+    link_gbytes: float = 50.0,
+    tflops: float = 400.0,
+    peak_tflops: float = 989.0,
+    model_flops_utilization: float = 0.4,
+    tokens_per_step: int | None = None,
     owners: bool = False,
     json: bool = False,
     optim: OptimizerCallback | None = None,
@@ -64,9 +72,10 @@ def plan(
         The tables, or with `json` plain numbers.
 
     Raises:
-        ValueError: An unknown model or layout, sizes that do not divide the ranks, a model or an optimizer without
-            matrices.
+        ValueError: Numbers out of range, an unknown model or layout, sizes that do not divide the ranks, a model or an
+            optimizer without matrices.
     """
+    check_ranges(locals(), "plan", _RANGES)
     title = model if isinstance(model, str) else "the recipe's model"
     built = build_model(model, data)
     settings = getattr(trainer, "keywords", {})

@@ -33,7 +33,7 @@ def test_prepare_prints_what_it_made(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         ("not json", [], "Expected a JSON object in {path}, line 1"),
         ('{"text": "one"}\n{"content": "two"}', [], "under 'text' in {path}, line 2. Got the keys ['content']"),
-        ('{"text": "one"}', ["--val_fraction=1"], "1 does not conform to restriction v>0 and v<1"),
+        ('{"text": "one"}', ["--val_fraction=1"], "prepare: expected val_fraction to be in (0, 1) but got 1.0"),
         ('{"text": "one"}\n{"text": "two"}', ["--vocab_size=9"], "Expected vocab_size from 257"),
         ('{"text": "one"}', ["--colour=red"], "--colour=red"),
     ],

@@ -15,10 +15,13 @@ OURS = "--optim.optimizer=NAMOD"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([OURS, "--optim.optimizer.lr=-1"], "-1 does not conform to restriction v>=0"),
+        ([OURS, "--optim.optimizer.lr=-1"], "Expected --optim.optimizer.lr to be a finite number >= 0. Got -1.0."),
         ([OURS, "--optim.optimizer.lr=fast"], 'Parser key "lr"'),
-        ([OURS, "--optim.optimizer.momentum=1.5"], "1.5 does not conform to restriction v>=0 and v<1"),
-        ([OURS, "--optim.optimizer.clamp=2"], "does not conform to restriction v>=0 and v<=1"),
+        ([OURS, "--optim.optimizer.momentum=1.5"], "Expected --optim.optimizer.momentum to be in [0, 1). Got 1.5."),
+        (
+            [OURS, "--optim.optimizer.clamp=2"],
+            "Expected --optim.optimizer.clamp to be in (0, 1], or None or 0 for none. Got 2.0.",
+        ),
         ([OURS, "--optim.optimizer.momentum=0.999"], "expected beta2 to be above momentum^2 = 0.998001"),
         ([OURS, "--optim.optimizer.rate=1"], "Option 'rate' is not accepted"),
         (["--optim.optimizer=NAMO", "--optim.optimizer.clamp=0.1"], "Option 'clamp' is not accepted"),
@@ -46,7 +49,7 @@ OURS = "--optim.optimizer=NAMOD"
         (["--config=nowhere.yaml"], "nowhere.yaml"),
         (["--trainer.max_step=3"], "max_step"),
         (["--trainer.accelerator=abacus"], "abacus"),
-        (["--model.n_embd=0"], "0 does not conform to restriction v>0"),
+        (["--model.n_embd=0"], "Expected n_embd of at least 1. Got 0."),
         (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
         (["--model=Unknown"], "Unknown"),
         (["--optim.optimizer={class_path: NAMO"], "optim.optimizer"),

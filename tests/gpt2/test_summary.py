@@ -34,7 +34,7 @@ def test_utilization_is_logged_only_where_the_peak_is_known(folder: Path, peak: 
 
 
 def test_a_window_of_one_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"window_size of at least 2. Got 1"):
+    with pytest.raises(ValueError, match=r"window_size to be a whole number >= 2 but got 1"):
         TokenThroughput(window_size=1)
 
 

@@ -7,11 +7,11 @@ from math import inf, nan
 import numpy
 import pytest
 import torch
+from jsonargparse.typing import NonNegativeFloat
 from torch import nn
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, WarmupStableDecay, split_parameters
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
-from lightning_namo.types import NonNegativeFloat
 from tests.helpers.optimizers import (
     OPTIMIZERS,
     Fused,
@@ -226,7 +226,7 @@ def test_a_hyper_parameter_out_of_range_is_refused_by_name(cls, key, value):
     [("lr", -1.0), ("lr", inf), ("betas", (1.0, 0.9)), ("betas", (0.9, -0.1)), ("eps", -1.0), ("weight_decay", -1.0)],
 )
 def test_a_hyper_parameter_of_adamw_out_of_range_is_refused(cls, key, value):
-    with refused(rf"AdamW: expected {key}"):
+    with refused(rf"{cls.__name__}: expected adamw_{key}"):
         build(cls, **{f"adamw_{key}": value})
 
 

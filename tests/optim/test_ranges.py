@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from math import inf, nan
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy
 import pytest
 import torch
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer, split_parameters
-from lightning_namo.types import HalfOpenUnit, NonNegativeFloat, PositiveInt
+from lightning_namo.optim import OrthogonalizedOptimizer
+from lightning_namo.optim.groups import ENGINE_KEYS
+from lightning_namo.ranges import UNIT as UNIT_RANGE
+from lightning_namo.ranges import Range
 from tests.helpers.optimizers import refused
 
 OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
@@ -111,7 +116,7 @@ WRONG_OF_ADAMW += [("eps", value) for value in (*NUMBER, torch.tensor(0.5))]
 @pytest.mark.parametrize(("key", "value"), WRONG_OF_ADAMW, ids=named)
 def test_a_wrong_hyper_parameter_of_adamw_is_refused_by_name(cls, key, value):
     message = rf"^AdamW: expected {key}.* to be .* but got "
-    with refused(message):
+    with refused(rf"^{cls.__name__}: expected adamw_{key} to be .* but got "):
         cls([parameter(3, 3)], **{f"adamw_{key}": value})
     with refused(message):
         cls([parameter(3, 3)]).add_param_group(adamw_group(**{key: value}))
@@ -271,7 +276,7 @@ def test_numbers_of_the_command_line_and_of_numpy_are_taken():
     optimizer = NAMOD(
         [matrix_group(blocks=[numpy.int64(1), PositiveInt(2)]), adamw_group(betas=[numpy.float64(0.8), 0.9])],
         lr=NonNegativeFloat(0.02),
-        momentum=HalfOpenUnit(0.5),
+        momentum=ClosedUnitInterval(0.5),
         ns_steps=PositiveInt(4),
         clamp=numpy.float32(0.5),
     )
@@ -289,3 +294,44 @@ def test_a_group_of_both_kinds_takes_the_keys_of_both():
     assert (adamw["momentum"], adamw["beta2"], matrices["ns_steps"]) == (0.7, 0.8, 3)
     assert "ns_steps" not in adamw
     assert "betas" not in matrices
+
+
+class Own(OrthogonalizedOptimizer):
+    """A rule with a range of its own, whose constructor mentions none of the engine's keys."""
+
+    ranges: ClassVar[dict[str, Range]] = {"sharpness": UNIT_RANGE}
+
+    def __init__(self, params: Any, lr: float = 0.1, sharpness: float = 0.5) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": 0.0, "momentum": 0.9, "sharpness": sharpness})
+
+
+class Sharper(Own):
+    ranges: ClassVar[dict[str, Range]] = {"edge": UNIT_RANGE}
+
+    def __init__(self, params: Any, edge: float = 0.5, **keys: Any) -> None:
+        super().__init__(params, **keys)
+
+
+def test_ranges_of_a_class_are_added_to_those_of_its_bases():
+    assert Sharper.ranges.keys() - Own.ranges.keys() == {"edge"}
+    assert Own.ranges.keys() - OrthogonalizedOptimizer.ranges.keys() == {"sharpness"}
+    for keys in ({"sharpness": 1.0}, {"lr": -1.0}, {"ns_steps": 0}, {"adamw_betas": (0.9, 1.0)}):
+        for cls in (Own, Sharper):
+            with refused(rf"^{cls.__name__}: expected {next(iter(keys))} to be .* but got "):
+                cls([parameter(3, 3)], **keys)
+    with refused("Own: expected sharpness to be"):
+        Own([matrix_group(sharpness=1.0)])
+
+
+@pytest.mark.parametrize("cls", [Own, Sharper])
+def test_the_engines_keys_are_taken_by_constructors_that_do_not_mention_them(cls):
+    keys = {"ns_steps": 3, "orthogonalizer": "svd", "momentum_dtype": "bfloat16", "adamw_lr": 0.3, "adamw_eps": 0.1}
+    optimizer = cls([matrix_group(), adamw_group()], lr=0.2, **keys)
+    matrices, adamw = optimizer.param_groups
+    assert [matrices[key] for key in ("ns_steps", "orthogonalizer", "momentum_dtype")] == [3, "svd", "bfloat16"]
+    assert (matrices["lr"], adamw["lr"], adamw["eps"]) == (0.2, 0.3, 0.1)
+    assert set(inspect.signature(Own).parameters) >= {"params", "lr", "sharpness", *ENGINE_KEYS}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'ns_step'"):
+        Own([matrix_group()], ns_step=3)
+    again = Own([matrix_group(), adamw_group()])
+    assert again.param_groups[0]["ns_steps"] == 5, "keys are one optimizer's"

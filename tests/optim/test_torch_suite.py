@@ -128,8 +128,8 @@ NOT_REFUSED = {
 }
 MESSAGES = {
     "Tensor lr must be 1-element": r"expected lr to be a finite number >= 0 but got tensor\(",
-    "beta1 should be between 0 and 1": r"AdamW: expected betas to be two numbers in \[0, 1\) but got \(1\.0, 0\.0\)",
-    "weight_decay should > 0": r"expected weight_decay to be a finite number >= 0 but got -1\.",
+    "beta1 should be between 0 and 1": r"expected adamw_betas to be two numbers in \[0, 1\) but got \(1\.0, 0\.0\)",
+    "weight_decay should > 0": r"expected (adamw_)?weight_decay to be a finite number >= 0 but got -1\.",
     "momentum should be between 0 and 1": r"expected momentum to be in \[0, 1\)",
     "does not support complex parameters": r"real matrices.*complex64",
 }

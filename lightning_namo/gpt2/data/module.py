@@ -9,9 +9,15 @@ from typing import Any
 from lightning import LightningDataModule, Trainer
 from tokenizers import Tokenizer
 
-from lightning_namo import types
 from lightning_namo.gpt2.data.loaders import TokenWindows, TrainLoader, ValidationLoader
 from lightning_namo.gpt2.data.prepare import SPEECHES_VOCAB_SIZE, prepare_speeches
+from lightning_namo.ranges import COUNT, COUNT_OR_ZERO, check_ranges, or_none
+
+_RANGES = {
+    **dict.fromkeys(("block_size", "batch_size"), COUNT),
+    **dict.fromkeys(("num_workers", "seed"), COUNT_OR_ZERO),
+    **dict.fromkeys(("vocab_size", "global_batch_size"), or_none(COUNT)),
+}
 
 
 class TextDataModule(LightningDataModule):
@@ -32,21 +38,23 @@ class TextDataModule(LightningDataModule):
             accumulate_grad_batches to what is missing beside `batch_size` and the ranks; None leaves that alone.
 
     Raises:
-        ValueError: On first use, files that are missing or too short; the message says how to make them. At the start
-            of fit, a global batch that is no multiple of `batch_size` times the data-parallel ranks.
+        ValueError: For numbers out of range. On first use, files that are missing or too short; the message says how
+            to make them. At the start of fit, a global batch that is no multiple of `batch_size` times the
+            data-parallel ranks.
     """
 
     def __init__(
         self,
         data_dir: str | None = None,
-        block_size: types.PositiveInt = 256,
-        batch_size: types.PositiveInt = 16,
-        num_workers: types.NonNegativeInt = 0,
-        seed: types.NonNegativeInt = 0,
-        vocab_size: types.PositiveInt | None = None,
-        global_batch_size: types.PositiveInt | None = None,
+        block_size: int = 256,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        vocab_size: int | None = None,
+        global_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        check_ranges(locals(), type(self).__name__, _RANGES)
         self.embedded = data_dir is None
         self.folder = Path("data/sotu" if data_dir is None else data_dir)
         self.block_size = block_size

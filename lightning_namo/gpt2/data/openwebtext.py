@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lightning_namo import types
 from lightning_namo.gpt2.data.documents import open_parquet
 from lightning_namo.gpt2.data.encoding import GPT2, load_encoder
-from lightning_namo.gpt2.data.prepare import prepare_files
+from lightning_namo.gpt2.data.prepare import RANGES, prepare_files
+from lightning_namo.ranges import check_ranges
 
 REPOSITORY = "Skylion007/openwebtext"
 REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"
@@ -20,9 +20,9 @@ DOCUMENTS = 8_013_769
 
 def openwebtext(
     out_dir: str = "data/openwebtext",
-    num_proc: types.PositiveInt = 8,
-    val_fraction: types.OpenUnitInterval = 0.0005,
-    seed: types.NonNegativeInt = 2357,
+    num_proc: int = 8,
+    val_fraction: float = 0.0005,
+    seed: int = 2357,
     tokenizer: str = GPT2,
 ) -> dict[str, Any]:
     """Turn OpenWebText into token files to train on, with GPT-2's ids: 9.04e9 tokens, as nanoGPT's prepare.py.
@@ -41,8 +41,9 @@ def openwebtext(
         What meta.json says: the vocabulary, the numbers of tokens and documents, SHA-256 of the files, the source.
 
     Raises:
-        ValueError: What cannot be downloaded, or is not whole.
+        ValueError: Numbers out of range; what cannot be downloaded, or is not whole.
     """
+    check_ranges(locals(), "prepare openwebtext", RANGES)
     encoder = load_encoder(tokenizer)  # before 24 GB are downloaded
     files = download(out_dir, val_fraction, seed)
     check_complete(files)

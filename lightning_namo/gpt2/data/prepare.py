@@ -11,12 +11,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lightning_namo import types
 from lightning_namo.atomic_io import read_json, replacing, sha256, write_json
 from lightning_namo.gpt2.data.corpus import CORPUS_SHA256, load_speeches
 from lightning_namo.gpt2.data.documents import Split, choose, find_files, read, scan
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT, Encoder, load_encoder, load_tokenizer, train_tokenizer
 from lightning_namo.gpt2.data.tokenize import Job, Part, clear, encode_parts, gather_parts, is_folder_of, open_folder
+from lightning_namo.ranges import COUNT, COUNT_OR_ZERO, OPEN_UNIT, check_ranges
 
 __all__ = ["END_OF_TEXT", "SPEECHES_VOCAB_SIZE", "load_tokenizer", "prepare", "prepare_speeches", "train_tokenizer"]
 
@@ -25,16 +25,18 @@ SPEECHES_VOCAB_SIZE = 4096
 
 FILES = ("tokenizer.json", "train.bin", "val.bin")
 
+RANGES = {"vocab_size": COUNT, "val_fraction": OPEN_UNIT, "seed": COUNT_OR_ZERO, "num_proc": COUNT}
+
 
 def prepare(
     inputs: list[str],
     out_dir: str,
     text_key: str = "text",
-    vocab_size: types.PositiveInt = 4096,
+    vocab_size: int = 4096,
     tokenizer: str | None = None,
-    val_fraction: types.OpenUnitInterval = 0.05,
-    seed: types.NonNegativeInt = 0,
-    num_proc: types.PositiveInt = 1,
+    val_fraction: float = 0.05,
+    seed: int = 0,
+    num_proc: int = 1,
 ) -> dict[str, Any]:
     """Turn text files into token files to train on.
 
@@ -57,11 +59,10 @@ def prepare(
         What meta.json says: the vocabulary, the numbers of tokens and documents, SHA-256 of the files, the source.
 
     Raises:
-        ValueError: A file that is missing, unreadable or without text, a line without the key, a vocabulary
-            that does not fit into uint16 or is not to be had. The message names file and line.
+        ValueError: Numbers out of range, a file that is missing, unreadable or without text, a line without the key, a
+            vocabulary that does not fit into uint16 or is not to be had. The message names file and line.
     """
-    if not 0.0 < val_fraction < 1.0:
-        raise ValueError(f"Expected val_fraction in (0, 1). Got {val_fraction}.")
+    check_ranges(locals(), "prepare", RANGES)
     files = find_files(inputs)
     return prepare_files(
         files,

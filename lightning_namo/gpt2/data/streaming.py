@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_namo import types
 from lightning_namo.gpt2.data.loaders import Batch, TokenWindows
 from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
+from lightning_namo.ranges import COUNT, check_ranges
 
 PIECE = 2**20  # tokens to copy at a time
 
 
-def chunks(data_dir: str, out_dir: str, chunk_tokens: types.PositiveInt = 2**25) -> dict[str, int]:
+def chunks(data_dir: str, out_dir: str, chunk_tokens: int = 2**25) -> dict[str, int]:
     """Cut token files into chunks for `StreamingTextDataModule`. Copy the folder to the bucket with the bucket's tools.
 
     Args:
@@ -30,8 +30,9 @@ def chunks(data_dir: str, out_dir: str, chunk_tokens: types.PositiveInt = 2**25)
         The chunks of each part.
 
     Raises:
-        ValueError: Without litdata, or if a token file is missing.
+        ValueError: Without litdata, if a token file is missing, or for `chunk_tokens` below 1.
     """
+    check_ranges(locals(), "chunks", {"chunk_tokens": COUNT})
     litdata = _litdata()
     source, target = Path(data_dir), Path(out_dir)
     for part in ("train", "val"):
@@ -73,19 +74,19 @@ class StreamingTextDataModule(TextDataModule):
         global_batch_size: Sequences in an optimizer step over all ranks: see `TextDataModule`.
 
     Raises:
-        ValueError: On first use: without litdata, without chunks, with fewer blocks than a batch of each rank takes,
-            or under tensor parallelism, whose ranks would have to share batches.
+        ValueError: For numbers out of range. On first use: without litdata, without chunks, with fewer blocks than a
+            batch of each rank takes, or under tensor parallelism, whose ranks would have to share batches.
     """
 
     def __init__(
         self,
         data_dir: str,
-        block_size: types.PositiveInt = 256,
-        batch_size: types.PositiveInt = 16,
-        num_workers: types.NonNegativeInt = 0,
-        seed: types.NonNegativeInt = 0,
-        vocab_size: types.PositiveInt | None = None,
-        global_batch_size: types.PositiveInt | None = None,
+        block_size: int = 256,
+        batch_size: int = 16,
+        num_workers: int = 0,
+        seed: int = 0,
+        vocab_size: int | None = None,
+        global_batch_size: int | None = None,
     ) -> None:
         super().__init__(data_dir, block_size, batch_size, num_workers, seed, vocab_size, global_batch_size)
         self.address = data_dir.rstrip("/")

@@ -112,7 +112,7 @@ def test_a_given_tokenizer_is_used(tmp_path: Path) -> None:
     [
         ({"vocab_size": 65_537}, "257 .* to 65536 .* Got 65537"),
         ({"vocab_size": 256}, "Got 256"),
-        ({"val_fraction": 1.0}, r"val_fraction in \(0, 1\). Got 1.0"),
+        ({"val_fraction": 1.0}, r"val_fraction to be in \(0, 1\) but got 1.0"),
         ({"tokenizer": "missing.json"}, "Expected a tokenizer.json. Got missing.json, which does not exist"),
     ],
 )
