@@ -24,10 +24,9 @@ class NorMuon(OrthogonalizedOptimizer):
         momentum: float = 0.95,
         beta2: float = 0.95,
         eps: float = 1e-8,
-        orthogonalizer: str = "newton_schulz",
     ) -> None:
         keys = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "nesterov": True}
-        super().__init__(params, keys | {"beta2": beta2, "eps": eps, "orthogonalizer": orthogonalizer})
+        super().__init__(params, keys | {"beta2": beta2, "eps": eps})
 
     def rule(self, x: Any, h: Any) -> Any:
         O = (yield Polar(x.advance(h))).to(x.v.dtype)

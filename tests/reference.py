@@ -5,9 +5,9 @@ at steps t = 1, 2, ..., momentum M, polar factor O_t, learning rate eta, decay l
 the two averages. Each optimizer is a generator that yields W after every step. Where paper and official code
 differ, an argument chooses; the defaults are the official code, `PAPER` is the box of the NAMO paper.
 
-Sources: NAMO and NAMO-D, arXiv 2602.17080; AdaMuon, arXiv 2507.11005; Muon,
-kellerjordan.github.io/posts/muon; the factor 0.2 sqrt(max(m, n)), arXiv 2502.16982; Polar Express, arXiv
-2505.16932.
+Sources: NAMO and NAMO-D, arXiv 2602.17080; AdaMuon, arXiv 2507.11005; NorMuon, arXiv 2510.05491; Muon Hyperball,
+arXiv 2606.16899; Muon, kellerjordan.github.io/posts/muon; the factor 0.2 sqrt(max(m, n)), arXiv 2502.16982; Polar
+Express, arXiv 2505.16932.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -82,7 +82,7 @@ def decay_and_update(
     return W * (factor.clamp(min=0) if a.ndim else factor) - (a * s).clamp(max=cap) * O_t
 
 
-# --- the four optimizers --------------------------------------------------------------------------
+# --- the optimizers ------------------------------------------------------------------------------
 
 
 def namo(
@@ -182,6 +182,47 @@ def adamuon(
         V = beta * V + (1 - beta) * O_t.square()
         U = O_t / (V.sqrt() + eps)
         W = W * (1 - eta * lam) - eta * shape_scale * sqrt(W.numel()) / (U.norm() + eps) * U
+        yield W
+
+
+def normuon(
+    W: Tensor,
+    gradients: Iterable[Tensor],
+    *,
+    eta: float,
+    lam: float = 0.1,
+    mu1: float = 0.95,
+    beta: float = 0.95,
+    eps: float = 1e-8,
+    nesterov: bool = True,
+    orth: Orthogonalizer = polar,
+) -> Iterator[Tensor]:
+    """NorMuon: second moment of the rows of the polar factor, update of RMS 0.2 eta."""
+    v = torch.zeros(W.size(0), 1, dtype=W.dtype)
+    for _, _, N in momenta(gradients, mu1, nesterov):
+        O_t = orth(N).to(W)
+        v = beta * v + (1 - beta) * O_t.square().mean(dim=1, keepdim=True)
+        U = O_t / (v.sqrt() + eps)
+        W = W * (1 - eta * lam) - eta * 0.2 * sqrt(W.numel()) / (U.norm() + eps) * U
+        yield W
+
+
+def muon_hyperball(
+    W: Tensor,
+    gradients: Iterable[Tensor],
+    *,
+    eta: float,
+    mu1: float = 0.95,
+    eps: float = 1e-8,
+    nesterov: bool = True,
+    orth: Orthogonalizer = polar,
+) -> Iterator[Tensor]:
+    """Muon Hyperball: weights on a sphere, updates of a fixed share of its radius."""
+    R = W.norm()
+    for _, _, N in momenta(gradients, mu1, nesterov):
+        O_t = orth(N).to(W)
+        V = W - eta * R * O_t / O_t.norm().clamp(min=eps)
+        W = R * V / V.norm().clamp(min=eps)
         yield W
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lightning_namo import NAMO, NAMOD, build_optimizer
 from tests.helpers.checkpointed import Chain, Model, assert_same_state, build_exact, other_model, step, trained
 from tests.helpers.optimizers import EXACT, OPTIMIZERS, all_optimizers, through_a_file
+from tests.helpers.rules import taken
 from tests.helpers.toy import assert_same
 
 names = ("embed.weight", "qkv.weight", "qkv.bias", "conv.weight", "out.weight", "out.bias")
@@ -33,7 +34,7 @@ names = ("embed.weight", "qkv.weight", "qkv.bias", "conv.weight", "out.weight", 
 def test_a_round_trip_changes_nothing(
     cls, rows, columns, dtype, momentum, weight_decay, nesterov, missing, saved_at, by_module
 ):
-    hyper = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+    hyper = taken(cls, {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
     model = Model(rows, columns).to(dtype)
     optimizer = build_exact(model, cls, **hyper)
     for seed, names in enumerate(missing[:saved_at]):

@@ -28,10 +28,11 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 import lightning_namo
 from lightning_namo.cli import NamoCLI, main
 from lightning_namo.cli.validation import check_checkpoint
+from tests.helpers.rules import BUILT_IN
 
 pytestmark = pytest.mark.usefixtures("kept_parsers")
 
-OPTIMIZERS = ("NAMO", "NAMOD", "Muon", "AdaMuon")
+OPTIMIZERS = [cls.__name__ for cls in BUILT_IN]
 MODEL = (f"--model={__name__}.Tiny", f"--data={__name__}.Nothing")
 GPT2 = ("--model.n_layer=1", "--model.n_embd=12", "--model.n_head=2")
 OPTIONS = (

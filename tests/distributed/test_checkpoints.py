@@ -8,7 +8,8 @@ import pytest
 from torch import Tensor
 
 from tests.helpers.launch import run_ranks
-from tests.helpers.resuming import CLASSES, PLACES, readable, run_cases
+from tests.helpers.resuming import PLACES, readable, run_cases
+from tests.helpers.rules import RULES
 from tests.helpers.worker import relative_error
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all the runs
@@ -21,10 +22,10 @@ CASES = [
     (source, to, optimizer)
     for to in RESUMING
     for source in PLAIN
-    for optimizer in CLASSES
+    for optimizer in RULES
     if readable(source, to) and (optimizer in EVERYWHERE or to in ("single", "fsdp1 2", "fsdp2 2"))
 ]
-CASES += [(place, place.removesuffix(" sharded"), o) for place in PLACES if "bf16" in place for o in CLASSES]
+CASES += [(place, place.removesuffix(" sharded"), o) for place in PLACES if "bf16" in place for o in RULES]
 
 
 @pytest.fixture(scope="module")

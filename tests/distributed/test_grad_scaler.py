@@ -22,12 +22,13 @@ from torch.amp import GradScaler
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import AdamW
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
+from lightning_namo import build_optimizer
 from tests.helpers.launch import WorkerError, run_ranks
 from tests.helpers.layouts import LAYOUTS, prescribed_gradients
+from tests.helpers.rules import RULES
 from tests.helpers.worker import clean, gathered_weights, local, new_module
 
-OPTIMIZERS: dict[str, Any] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon, "AdamW": AdamW}
+OPTIMIZERS: dict[str, Any] = {**RULES, "AdamW": AdamW}
 SCALERS = {"GradScaler": GradScaler, "ShardedGradScaler": ShardedGradScaler}
 STEPS, POISONED = 4, 2
 

@@ -10,7 +10,8 @@ import torch
 
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.worker import ALGORITHMS, STEPS, VARIANTS, compare_layouts, expected_results
+from tests.helpers.rules import RULES
+from tests.helpers.worker import STEPS, VARIANTS, compare_layouts, expected_results
 
 # Relative to the weights' norm. The iteration sees the same bits on every layout, in both dtypes, so what is left is
 # float32 rounding in the sums of squares (measured: at most 1.2e-7).
@@ -36,7 +37,7 @@ def answers(world_size: int, variant: str) -> list[dict[Any, Any]]:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("variant", [EXACT, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", RULES)
 def test_sharded_step_equals_single_process(algorithm: str, layout: str, variant: str, world_size: int) -> None:
     for answer in answers(world_size, variant):
         case = answer[variant, algorithm, layout]
@@ -48,7 +49,7 @@ def test_sharded_step_equals_single_process(algorithm: str, layout: str, variant
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 @pytest.mark.parametrize("variant", ITERATED)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", RULES)
 def test_every_rank_ends_with_the_same_weights_and_runs_the_same_collectives(
     algorithm: str, layout: str, variant: str, world_size: int
 ) -> None:
@@ -63,7 +64,7 @@ def test_every_rank_ends_with_the_same_weights_and_runs_the_same_collectives(
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 @pytest.mark.parametrize("variant", ITERATED)
 @pytest.mark.parametrize("layout", ["fsdp1", "fsdp2-even", "fsdp2-shard1"])
-@pytest.mark.parametrize("algorithm", ["namo", "namo_d", "muon"])
+@pytest.mark.parametrize("algorithm", ["NAMO", "NAMOD", "Muon"])
 def test_bytes_sent_keep_to_the_formula(algorithm: str, layout: str, variant: str, world_size: int) -> None:
     cases = [answer[variant, algorithm, layout] for answer in answers(world_size, variant)]
     R, steps, elements = world_size, STEPS - 1, cases[0]["elements"]
@@ -77,6 +78,6 @@ def test_bytes_sent_keep_to_the_formula(algorithm: str, layout: str, variant: st
 @pytest.mark.parametrize("world_size", WORLD_SIZES[1:])
 @pytest.mark.parametrize("variant", ITERATED)
 def test_under_ddp_only_results_travel(variant: str, world_size: int) -> None:
-    cases = [answer[variant, "namo", "ddp"] for answer in answers(world_size, variant)]
+    cases = [answer[variant, "NAMO", "ddp"] for answer in answers(world_size, variant)]
     results = (world_size - 1) * cases[0]["elements"] * 2  # each owner sends its polar factors to all others
     assert sum(case["wire"].exchanged for case in cases) == results * (STEPS - 1)

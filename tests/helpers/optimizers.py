@@ -8,13 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from tests.helpers.rules import BUILT_IN, RULES, taken
 from tests.helpers.toy import assert_same
+from tests.helpers.two_rounds import TwoRounds
 
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
+OPTIMIZERS = [cls for cls in RULES.values() if cls is not TwoRounds]  # whose momentum is none of gradients
 EXACT = {"orthogonalizer": "svd"}
 all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS)
+built_in_optimizers = pytest.mark.parametrize("cls", BUILT_IN)
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -34,7 +36,7 @@ def build(cls: type, dtype: torch.dtype = torch.float32, **hyper: object) -> Ort
             {"params": [parameter(5, seed=4, dtype=dtype)], "orthogonalize": False, "name": "biases"},
             {"params": [parameter(7, 3, seed=5, dtype=dtype)], "orthogonalize": False, "eps": 1e-6},
         ],
-        **hyper,
+        **taken(cls, hyper),
     )
 
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, WarmupStableDecay, optimize_with
+from lightning_namo import NAMOD, WarmupStableDecay, optimize_with
 from tests.helpers import toy
+from tests.helpers.rules import RULES
 from tests.helpers.strategies import (
     EXACT_HYPER,
     CPUFSDPStrategy,
@@ -25,11 +26,9 @@ from tests.helpers.strategies import (
     model_parallel,
     tensor_parallel,
 )
-from tests.helpers.two_rounds import TwoRounds
 from tests.helpers.worker import gathered_weights
 
 STEPS, SAVED_AT, SAMPLES = 5, 3, 6
-CLASSES: dict[str, type] = {"NAMO": NAMO, "NAMOD": NAMOD, "Muon": Muon, "AdaMuon": AdaMuon, "TwoRounds": TwoRounds}
 ADOPTER = NAMOD  # goes on where AdamW stopped
 
 
@@ -69,7 +68,7 @@ class ResumableNet(pl.LightningModule):
         if self.optimizer == "AdamW":
             return optimize_with(torch.optim.AdamW, schedule=schedule, lr=0.005)(self)
         adopt_state = self.optimizer == "adopter"
-        cls = ADOPTER if adopt_state else CLASSES[self.optimizer]
+        cls = ADOPTER if adopt_state else RULES[self.optimizer]
         return optimize_with(cls, schedule=schedule, adopt_state=adopt_state, **EXACT_HYPER)(self)
 
 

@@ -13,13 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
+from lightning_namo import build_optimizer
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.iteration import iterating_in
 from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, whole
-from tests.helpers.two_rounds import TwoRounds
+from tests.helpers.rules import RULES
 
-ALGORITHMS: dict[str, Any] = {"namo": NAMO, "namo_d": NAMOD, "muon": Muon, "adamuon": AdaMuon, "two_rounds": TwoRounds}
 VARIANTS = {  # name: (dtype, orthogonalizer, dtype of the iteration, whether the accelerators' path is taken)
     "float64-exact": (torch.float64, "svd", None, None),
     "float32-exact": (torch.float32, "svd", None, None),
@@ -88,7 +87,7 @@ def train(
     batched: bool | None = None,
 ) -> Any:
     """Take steps; ``backward`` makes the gradients of a step."""
-    optimizer = build_optimizer(module, ALGORITHMS[algorithm], blocks=blocks, lr=0.05, orthogonalizer=orthogonalizer)
+    optimizer = build_optimizer(module, RULES[algorithm], blocks=blocks, lr=0.05, orthogonalizer=orthogonalizer)
     optimizer.bucket_bytes, optimizer.batched = 1500, batched  # several buckets, so that they overlap
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -136,7 +135,7 @@ def expected_results(variant: str) -> dict[Any, Any]:
     dtype, orthogonalizer, iteration, _ = VARIANTS[variant]
     results = {}
     for kind in {kind for kind, _ in LAYOUTS.values()}:
-        for algorithm in ALGORITHMS:
+        for algorithm in RULES:
             module = new_module(kind, dtype)
             grads = [prescribed_gradients(module, step) for step in range(STEPS)]
 
@@ -189,7 +188,7 @@ def compare_layouts(
         module = wrap(plain)
         start = [local(p.detach()).clone() for p in module.parameters()]
         backward = Backward(module, grads)
-        for variant, algorithm in itertools.product(expected, ALGORITHMS):
+        for variant, algorithm in itertools.product(expected, RULES):
             _, orthogonalizer, iteration, batched = VARIANTS[variant]
             with torch.no_grad():
                 for parameter, value in zip(module.parameters(), start, strict=True):

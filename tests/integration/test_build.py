@@ -9,13 +9,14 @@ from torch import nn
 
 from lightning_namo import NAMO, NAMOD, build_optimizer, split_parameters
 from tests.helpers.optimizers import all_optimizers
+from tests.helpers.rules import taken
 from tests.helpers.toy import HYPER, Net, assert_same, batches, train_plainly
 
 
 @all_optimizers
 def test_a_built_optimizer_trains_a_plain_module(cls):
     module = Net()
-    optimizer = build_optimizer(module, cls, **HYPER)
+    optimizer = build_optimizer(module, cls, **taken(cls, HYPER))
     assert type(optimizer) is cls
     assert [group["name"] for group in optimizer.param_groups] == ["matrices", "adamw"]
     before = sum(module.loss(batch).item() for batch in batches())
@@ -96,12 +97,12 @@ def test_fabric_trains_as_plain_pytorch_does(cls, together):
     fabric = Fabric(accelerator="cpu", devices=1)
     module, twin = Net(), Net()
     if together:
-        wrapped, optimizer = fabric.setup(module, build_optimizer(module, cls, **HYPER))
+        wrapped, optimizer = fabric.setup(module, build_optimizer(module, cls, **taken(cls, HYPER)))
     else:
         wrapped = fabric.setup_module(module)
-        optimizer = fabric.setup_optimizers(build_optimizer(wrapped, cls, **HYPER))
+        optimizer = fabric.setup_optimizers(build_optimizer(wrapped, cls, **taken(cls, HYPER)))
     train_with_fabric(fabric, wrapped, optimizer)
-    assert_same(module, train_plainly(twin, build_optimizer(twin, cls, **HYPER)))
+    assert_same(module, train_plainly(twin, build_optimizer(twin, cls, **taken(cls, HYPER))))
 
 
 def test_fabric_names_parameters_as_the_module_does():
@@ -136,7 +137,7 @@ def test_a_fabric_checkpoint_goes_on_identically(cls, precision, tmp_path):
     def start() -> tuple[Fabric, nn.Module, object]:
         fabric = Fabric(accelerator="cpu", devices=1, precision=precision)
         module = fabric.setup_module(Net())
-        return fabric, module, fabric.setup_optimizers(build_optimizer(module, cls, **HYPER))
+        return fabric, module, fabric.setup_optimizers(build_optimizer(module, cls, **taken(cls, HYPER)))
 
     fabric, whole, whole_optimizer = start()
     train_with_fabric(fabric, whole, whole_optimizer)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_namo import NAMO, NAMOD, WarmupStableDecay, build_optimizer, optimize_with
 from tests.helpers.optimizers import OPTIMIZERS, all_optimizers
+from tests.helpers.rules import taken
 from tests.helpers.toy import (
     BATCHES,
     HYPER,
@@ -47,9 +48,9 @@ def test_an_optimizer_whose_parameters_are_no_longer_the_modules_raises(when):
 
 @all_optimizers
 def test_the_one_line_trains_as_the_plain_loop_does(cls):
-    module, twin = net_with(optimize_with(cls, **HYPER)), Net()
+    module, twin = net_with(optimize_with(cls, **taken(cls, HYPER))), Net()
     fit(module)
-    assert_same(module, train_plainly(twin, build_optimizer(twin, cls, **HYPER)))
+    assert_same(module, train_plainly(twin, build_optimizer(twin, cls, **taken(cls, HYPER))))
 
 
 def test_it_can_be_called_inside_the_hook():
@@ -124,7 +125,7 @@ def test_the_routing_table_is_logged_on_rank_zero_only(messages, monkeypatch):
 @pytest.mark.parametrize("step", [4, BATCHES])
 def test_a_resumed_run_equals_the_uninterrupted_one(cls, precision, step, tmp_path):
     class Configured(Net):
-        configure_optimizers = optimize_with(cls, schedule=WarmupStableDecay(warmup=3, decay=0.5), **HYPER)
+        configure_optimizers = optimize_with(cls, schedule=WarmupStableDecay(warmup=3, decay=0.5), **taken(cls, HYPER))
 
         def train_dataloader(self) -> Resumable:
             return Resumable()

@@ -13,9 +13,10 @@ from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.tuner import Tuner
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, OptimizerCallback, WarmupStableDecay, optimize_with
+from tests.helpers.rules import BUILT_IN
 from tests.helpers.toy import BATCHES, Net, trainer
 
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon, torch.optim.AdamW]
+OPTIMIZERS = [*BUILT_IN, torch.optim.AdamW]
 DEFAULTS = {NAMO: 0.01, NAMOD: 0.01, Muon: 1e-3, AdaMuon: 1e-3, torch.optim.AdamW: 1e-3}
 UNFOLLOWED = "nothing follows it"
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_namo import NAMO, NAMOD, OptimizerCallback, WarmupStableDecay, build_optimizer, optimize_with
 from tests.helpers.optimizers import all_optimizers
+from tests.helpers.rules import taken
 from tests.helpers.toy import BATCHES, HYPER, Net, SgdNet, assert_same, batches, checkpoints, fit, trainer
 
 REPLACES = "OptimizerCallback replaces the configure_optimizers"
@@ -40,10 +41,10 @@ def matched(found: list[warnings.WarningMessage], *texts: str) -> list[str]:
 def test_a_module_without_configure_optimizers_trains_as_with_the_one_line(cls):
     options = {"schedule": WarmupStableDecay(warmup=3, decay=0.5), "adamw": "head.weight"}
     module = Net()
-    edited = type("Edited", (Net,), {"configure_optimizers": optimize_with(cls, **options, **HYPER)})()
+    edited = type("Edited", (Net,), {"configure_optimizers": optimize_with(cls, **options, **taken(cls, HYPER))})()
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        fit(module, OptimizerCallback(partial(cls, **HYPER), **options))
+        fit(module, OptimizerCallback(partial(cls, **taken(cls, HYPER)), **options))
     assert not matched(found, "configure_optimizers", "OptimizerCallback")
     fit(edited)
     assert_same(module, edited)
@@ -385,7 +386,7 @@ def test_unfrozen_groups_start_at_the_ratio_of_the_learning_rates():
 @all_optimizers
 def test_a_fine_tuning_run_resumed_after_the_unfreezing_equals_the_uninterrupted_one(cls, tmp_path):
     def callbacks() -> list[pl.Callback]:
-        return [Finetuning(), OptimizerCallback(partial(cls, **HYPER))]
+        return [Finetuning(), OptimizerCallback(partial(cls, **taken(cls, HYPER)))]
 
     whole, resumed = Net(), Net()
     saving = checkpoints(tmp_path, every_n_epochs=1, save_on_train_epoch_end=True)

@@ -17,15 +17,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_namo import (
-    NAMO,
-    NAMOD,
-    AdaMuon,
-    Muon,
     OptimizerCallback,
     WarmupStableDecay,
     build_optimizer,
     optimize_with,
 )
+from tests.helpers.rules import BUILT_IN
 from tests.helpers.toy import (
     BATCH_SIZE,
     BATCHES,
@@ -41,7 +38,7 @@ from tests.helpers.toy import (
     trainer,
 )
 
-OURS = {cls.__name__: partial(cls, **HYPER) for cls in (NAMO, NAMOD, Muon, AdaMuon)}
+OURS = {cls.__name__: partial(cls, **HYPER) for cls in BUILT_IN}
 ALL = {**OURS, "AdamW": partial(AdamW, lr=0.02)}
 every_optimizer = pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 ours = pytest.mark.parametrize("make", OURS.values(), ids=OURS)

@@ -20,16 +20,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import lightning_namo
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
+from lightning_namo import NAMO, build_optimizer
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.iteration import iterating_in
 from tests.helpers.paths import ROOT
+from tests.helpers.rules import BUILT_IN
 
 HELD = ROOT / "tests" / "data" / "counts.json"
 PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 NO_KERNELS = {"empty", "promote_types", "_record_function_enter_new", "_record_function_exit"}
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
 ON_A_CPU = "one matrix on a CPU"
 Counts = dict[str, Counter[str]]
 
@@ -127,7 +127,7 @@ def count(cls: type[OrthogonalizedOptimizer], case: str) -> Counts:
 
 
 @pytest.mark.parametrize("case", [*CASES, ON_A_CPU])
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_a_step_takes_no_more_kernels_bytes_and_calls_than_are_held(
     cls: type[OrthogonalizedOptimizer], case: str
 ) -> None:
@@ -146,7 +146,7 @@ def test_a_step_takes_no_more_kernels_bytes_and_calls_than_are_held(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_kernels_do_not_grow_with_elements_layers_or_equal_matrices(cls: type[OrthogonalizedOptimizer]) -> None:
     small, one = operations(gpt2(cls)).kernels, operations(matrices(cls, 12)).kernels
     for change in ({"vocab_size": 4096}, {"block_size": 256}, {"n_layer": 4}):
@@ -180,7 +180,7 @@ def test_namo_on_gpt2_keeps_to_the_kernels_and_bytes_that_an_accelerator_needs(
     assert counted.bytes.total() <= 78.1 * sum(p.numel() for p in hidden), counted.bytes
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_the_second_step_and_later_ones_make_no_plan(cls: type[OrthogonalizedOptimizer]) -> None:
     optimizer, made, plans = with_gradients(matrices(cls, 2, "cpu")), [], []
     for _ in range(3):
@@ -190,7 +190,7 @@ def test_the_second_step_and_later_ones_make_no_plan(cls: type[OrthogonalizedOpt
     assert plans[0] is plans[1] is plans[2]
 
 
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_nothing_is_read_from_the_device(cls: type[OrthogonalizedOptimizer]) -> None:
     with pytest.raises(RuntimeError, match="meta"):
         torch.ones((), device="meta").item()
@@ -200,6 +200,6 @@ def test_nothing_is_read_from_the_device(cls: type[OrthogonalizedOptimizer]) -> 
 
 
 if __name__ == "__main__":
-    names = [(cls, case) for cls in OPTIMIZERS for case in (*CASES, ON_A_CPU)]
+    names = [(cls, case) for cls in BUILT_IN for case in (*CASES, ON_A_CPU)]
     lines = [f'"{cls.__name__}, {case}": {json.dumps(count(cls, case), sort_keys=True)}' for cls, case in names]
     HELD.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")

@@ -13,7 +13,6 @@ from torch import nn
 from lightning_namo import NAMO, NAMOD, AdaMuon, WarmupStableDecay, split_parameters
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.optimizers import (
-    OPTIMIZERS,
     Fused,
     all_optimizers,
     assert_same_run,
@@ -25,6 +24,7 @@ from tests.helpers.optimizers import (
     run,
     through_a_file,
 )
+from tests.helpers.rules import BUILT_IN
 from tests.helpers.toy import assert_same
 
 
@@ -192,7 +192,7 @@ OUT_OF_RANGE = [
 ]
 
 
-OUT_OF_RANGE_BY_CLASS = [(cls, key, value) for cls in OPTIMIZERS for key, value in OUT_OF_RANGE]
+OUT_OF_RANGE_BY_CLASS = [(cls, key, value) for cls in BUILT_IN for key, value in OUT_OF_RANGE]
 
 
 OUT_OF_RANGE_BY_CLASS += [

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon
+from tests.helpers.rules import BUILT_IN
 from tests.reference import drive, polar
 
 EXACT = {"orthogonalizer": "svd", "eps": 0.0}
@@ -206,7 +207,7 @@ ADAPTIVE = {"lr": 0.3, "weight_decay": 0.2}
 
 
 @pytest.mark.parametrize("scale", [1e-6, 0.3, 1e6])
-@pytest.mark.parametrize("cls", [NAMO, NAMOD, Muon, AdaMuon])
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_the_scale_of_the_gradients_leaves_the_trajectory_alone(cls, scale):
     gradients, W = random_gradients(6, 5, 4, seed=0), randn(5, 4, seed=1)
     run_ = partial(run, cls, W=W, **ADAPTIVE, **EXACT if cls is not Muon else {"orthogonalizer": "svd"})
@@ -320,7 +321,7 @@ def test_a_column_without_gradients_stays_finite(eps):
 
 
 @pytest.mark.parametrize("poison", [nan, inf, -inf])
-@pytest.mark.parametrize("cls", [NAMO, NAMOD, Muon, AdaMuon])
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_a_step_with_a_non_finite_gradient_did_not_happen(cls, poison):
     good = random_gradients(5, 4, 3, seed=0)
     bad = torch.randn_like(good[:1])
@@ -333,7 +334,7 @@ def test_a_step_with_a_non_finite_gradient_did_not_happen(cls, poison):
 
 
 @pytest.mark.parametrize("poison", [nan, inf])
-@pytest.mark.parametrize("cls", [NAMO, NAMOD, Muon, AdaMuon])
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_a_non_finite_gradient_leaves_the_state_alone_and_is_counted(cls, poison):
     param = torch.nn.Parameter(randn(4, 3))
     optimizer = cls([param])

@@ -19,9 +19,9 @@ from lightning_namo.optim.groups import ENGINE_KEYS
 from lightning_namo.ranges import UNIT as UNIT_RANGE
 from lightning_namo.ranges import Range
 from tests.helpers.optimizers import refused
+from tests.helpers.rules import BUILT_IN
 
-OPTIMIZERS = [NAMO, NAMOD, Muon, AdaMuon]
-all_optimizers = pytest.mark.parametrize("cls", OPTIMIZERS)
+all_optimizers = pytest.mark.parametrize("cls", BUILT_IN)
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -52,7 +52,7 @@ WRONG: dict[str, list[Any]] = {
 }
 OF_SOME = {"beta2": UNIT, "eps": [*NUMBER, torch.tensor(0.5)]}
 ADAPTIVE = {"max_step": [True, "1", inf, nan, 0.0, -1.0], "decay": [None, True, "no", ["lr"]]}
-CASES = [(cls, key, value) for cls in OPTIMIZERS for key, values in WRONG.items() for value in values]
+CASES = [(cls, key, value) for cls in BUILT_IN for key, values in WRONG.items() for value in values]
 CASES += [(cls, key, value) for cls in (NAMO, NAMOD, AdaMuon) for key, values in OF_SOME.items() for value in values]
 CASES += [(cls, key, value) for cls in (NAMO, NAMOD) for key, values in ADAPTIVE.items() for value in values]
 CASES += [(NAMOD, "clamp", value) for value in ("0.1", True, inf, nan, -0.1, 1.5, [0.1])]

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon
+from lightning_namo import NAMO, AdaMuon, Muon
 from lightning_namo.optim import OrthogonalizedOptimizer, Polar, Sum
 from lightning_namo.optim.stack import MatrixParameter
 from lightning_namo.optim.trial import scratch_of
 from lightning_namo.sharding.layout import Layout, Rectangle
 from tests.helpers.optimizers import randn
-from tests.helpers.two_rounds import TwoRounds
+from tests.helpers.rules import RULES
 from tests.reference import polar
 
-EVERY = [NAMO, NAMOD, Muon, AdaMuon, TwoRounds]
+EVERY = list(RULES.values())
 SHAPES = [(6, 4)] * 3 + [(4, 6)] * 2 + [(5, 5), (8, 4)]
 
 

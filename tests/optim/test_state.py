@@ -31,7 +31,7 @@ def test_statistics_are_float32_at_least(cls, dtype):
     for state in run(build(cls, dtype), 0, 1).state.values():
         kinds = {key: value.dtype for key, value in state.items()}
         assert kinds.pop("step") == (torch.float64 if dtype == torch.float64 and "skipped" in kinds else torch.float32)
-        for key in ("skipped", "v"):
+        for key in ("skipped", "v", "radius"):
             assert kinds.pop(key, torch.promote_types(dtype, torch.float32)) == torch.promote_types(
                 dtype, torch.float32
             )

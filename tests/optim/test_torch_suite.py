@@ -25,6 +25,7 @@ from tests.helpers.optimizers import (
     OPTIMIZERS,
     all_optimizers,
     assert_same_run,
+    built_in_optimizers,
     parameter,
     parameters,
     randn,
@@ -33,6 +34,7 @@ from tests.helpers.optimizers import (
     through_a_file,
 )
 from tests.helpers.optimizers import build as build_groups
+from tests.helpers.rules import taken
 from tests.helpers.toy import assert_same
 
 if "expecttest" not in sys.modules:  # torch's test helpers import it, and nothing here uses it
@@ -112,7 +114,7 @@ def torch_inputs() -> Iterator[object]:
                     yield pytest.param(dtype, ours, id=f"{source}-{given.desc}-{dtype}".replace("torch.", ""))
 
 
-@all_optimizers
+@built_in_optimizers
 @pytest.mark.parametrize(("dtype", "kwargs"), list(torch_inputs()))
 def test_an_input_of_torch_lowers_the_loss(cls, dtype, kwargs):
     optimizer = build(cls, dtype, **{"lr": 0.02} | kwargs)
@@ -146,7 +148,7 @@ def torch_error_inputs() -> Iterator[object]:
                 yield pytest.param(given, kwargs, error, id=given.desc)
 
 
-@all_optimizers
+@built_in_optimizers
 @pytest.mark.parametrize(("given", "kwargs", "error"), list(torch_error_inputs()))
 def test_what_torch_refuses_is_refused(cls, given, kwargs, error):
     params = [parameter(2, 2)] if given.params is None else given.params
@@ -301,7 +303,7 @@ def test_a_group_with_no_learning_rate_stays_and_the_others_move(cls):
     assert [group["lr"] for group in optimizer.param_groups] == [0.0, cls([parameter(2, 2)]).defaults["lr"]]
 
 
-@all_optimizers
+@built_in_optimizers
 def test_weight_decay_is_of_its_group(cls):
     decayed, plain = parameter(6, 4), parameter(6, 4)
     optimizer = cls([{"params": [decayed], "weight_decay": 0.9}, {"params": [plain], "weight_decay": 0.0}], lr=0.05)
@@ -327,7 +329,7 @@ def test_a_step_without_gradients_changes_nothing(cls, dtype):
 @all_optimizers
 @all_dtypes
 def test_gradients_of_zero_leave_a_fresh_optimizer_without_decay_where_it_was(cls, dtype):
-    optimizer = build(cls, dtype, weight_decay=0.0)
+    optimizer = build(cls, dtype, **taken(cls, {"weight_decay": 0.0}))
     before = copy.deepcopy(parameters(optimizer))
     for p in parameters(optimizer):
         p.grad = torch.zeros_like(p)
@@ -336,7 +338,7 @@ def test_gradients_of_zero_leave_a_fresh_optimizer_without_decay_where_it_was(cl
     assert_same(parameters(optimizer), before)
 
 
-@all_optimizers
+@built_in_optimizers
 def test_gradients_of_zero_decay_by_the_step_size(cls):
     hyper = {"decay": "lr"} if cls in (NAMO, NAMOD) else {}  # their adaptive step, and its decay, are zero then
     p = parameter(4, 3)
@@ -762,7 +764,7 @@ def without(keys: tuple[str, ...], groups: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("given", ["whole", "older", "torchs"])
 def test_setstate_serves_a_new_instance(cls, given):
     hyper = {"lr": 0.03, "weight_decay": 0.2, "momentum": 0.8, "adamw_lr": 0.004, "adamw_betas": (0.8, 0.9)}
-    optimizer, expected = (run(cls([parameter(6, 4)], **hyper), 0, 1) for _ in range(2))
+    optimizer, expected = (run(cls([parameter(6, 4)], **taken(cls, hyper)), 0, 1) for _ in range(2))
     for each in (optimizer, expected):
         each.add_param_group({"params": [parameter(5)], "orthogonalize": False})
     expected = copy.deepcopy(expected)  # torch adds a key to the defaults of copies

@@ -20,10 +20,11 @@ from lightning_namo.planning.simulated_mesh import SimulatedMesh
 from lightning_namo.sharding.local import local_tensor
 from tests.helpers.launch import run_ranks
 from tests.helpers.layouts import LAYOUTS
-from tests.helpers.worker import ALGORITHMS, Wire, counted, new_module
+from tests.helpers.rules import RULES
+from tests.helpers.worker import Wire, counted, new_module
 
-PLAIN = [(layout, "namo") for layout in ("ddp", "fsdp2-even", "fsdp2-uneven", "hsdp", "fsdp2+tp")]
-PLAIN += [("fsdp2-uneven", "namo_d"), ("fsdp2+tp", "adamuon")]  # other statistics and state
+PLAIN = [(layout, "NAMO") for layout in ("ddp", "fsdp2-even", "fsdp2-uneven", "hsdp", "fsdp2+tp")]
+PLAIN += [("fsdp2-uneven", "NAMOD"), ("fsdp2+tp", "AdaMuon")]  # other statistics and state
 SHARDED = {2: ((2, 1), (1, 2)), 3: ((3, 1),), 4: ((2, 1), (1, 2), (2, 2))}  # replicas and tensor ranks of a GPT-2
 WORLD_SIZES = [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in SHARDED]
 DIVIDED = {"*.tall.*": 0, "*.fused.*": 0, "*.wide.layer.weight": 1, "*.few.layer.weight": 1}
@@ -36,7 +37,7 @@ def gpt2() -> GPT2:
 
 
 def optimizer_of(module: nn.Module, algorithm: str, blocks: Any = None) -> OrthogonalizedOptimizer:
-    optimizer = build_optimizer(module, ALGORITHMS[algorithm], blocks=blocks)
+    optimizer = build_optimizer(module, RULES[algorithm], blocks=blocks)
     optimizer.bucket_bytes = 1500
     return optimizer
 
@@ -73,7 +74,7 @@ def real_ranks(rank: int, sharded: tuple[tuple[int, int], ...]) -> dict[Any, Any
             "cpu", (world_size // tensor, tensor), mesh_dim_names=("data_parallel", "tensor_parallel")
         )
         shard(module, mesh, replicas=replicas)
-        facts[replicas, tensor] = facts_of(module, "namo", None)
+        facts[replicas, tensor] = facts_of(module, "NAMO", None)
     return facts
 
 
@@ -118,7 +119,7 @@ def test_plan_bytes_and_state_are_those_of_real_ranks(layout: str, algorithm: st
 )
 def test_a_sharded_gpt2_is_as_estimated(world_size: int, replicas: int, tensor: int) -> None:
     with torch.device("meta"):
-        optimizer = optimizer_of(gpt2(), "namo")
+        optimizer = optimizer_of(gpt2(), "NAMO")
     result = estimate(optimizer, SimulatedMesh(replicas, world_size // replicas // tensor, tensor))
     check(result, [facts[replicas, tensor] for facts in real(world_size)])
 
