@@ -11,7 +11,19 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # A folder may import those before it, and the modules beside them that know nothing of the package.
-FOLDERS = ("", "polar", "sharding", "routing", "checkpoint", "optim", "integration", "gpt2", "planning", "cli")
+FOLDERS = (
+    "",
+    "polar",
+    "sharding",
+    "routing",
+    "checkpoint",
+    "optim",
+    "integration",
+    "testing",
+    "gpt2",
+    "planning",
+    "cli",
+)
 SHARED = {"_moved", "atomic_io", "ranges", "workspace"}
 LIGHT = FOLDERS[:6]  # know torch only
 MODULES = {

@@ -13,9 +13,17 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
+from lightning_namo.testing.layouts import (
+    LAYOUTS,
+    Odd,
+    gathered_weights,
+    new_module,
+    prescribed_gradients,
+    shard_children,
+    whole,
+)
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, shard_children, whole
-from tests.helpers.worker import clean, gathered_weights, local, new_module
+from tests.helpers.worker import clean, local
 
 LEFT_ALONE, OTHER = "tall.layer.weight", "wide.layer.weight"
 

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.device_mesh import init_device_mesh
 
 from lightning_namo import NAMOD, AdaMuon, build_optimizer
+from lightning_namo.testing.layouts import shard_children, whole
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.layouts import shard_children
 from tests.helpers.resuming import run_cases
 from tests.helpers.strategies import fsdp2
-from tests.helpers.worker import relative_error, whole
+from tests.helpers.worker import relative_error
 
 OPTIMIZERS = {"NAMOD": NAMOD, "AdaMuon": AdaMuon}
 

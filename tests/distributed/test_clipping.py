@@ -23,12 +23,12 @@ from torch.distributed.tensor.parallel import SequenceParallel, parallelize_modu
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMOD, ClipsGradients, GradientClipping, clip_gradients, gradient_norm, optimize_with
+from lightning_namo.testing.layouts import LAYOUTS, Odd, gathered_weights, new_module, prescribed_gradients, whole
 from tests.helpers import toy
 from tests.helpers.clipping import BOUND
 from tests.helpers.launch import run_ranks
-from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients
 from tests.helpers.strategies import EXACT_HYPER, STRATEGIES, Regression, RegressionNet
-from tests.helpers.worker import Backward, Wire, clean, counted, gathered_weights, new_module, relative_error, whole
+from tests.helpers.worker import Backward, Wire, clean, counted, relative_error
 
 OF_DEVICES = [  # tests on four devices are slow
     pytest.param(name, marks=pytest.mark.slow) if devices > 2 else name for name, (devices, *_) in STRATEGIES.items()

@@ -23,10 +23,10 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.optim import AdamW
 
 from lightning_namo import build_optimizer
+from lightning_namo.testing.layouts import LAYOUTS, gathered_weights, new_module, prescribed_gradients
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.layouts import LAYOUTS, prescribed_gradients
 from tests.helpers.rules import RULES
-from tests.helpers.worker import clean, gathered_weights, local, new_module
+from tests.helpers.worker import clean, local
 
 OPTIMIZERS: dict[str, Any] = {**RULES, "AdamW": AdamW}
 SCALERS = {"GradScaler": GradScaler, "ShardedGradScaler": ShardedGradScaler}

@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.tensor import DTensor
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, build_optimizer
+from lightning_namo.testing.layouts import LAYOUTS, Even, gathered_weights, new_module, prescribed_gradients
 from tests.helpers.launch import run_ranks
-from tests.helpers.layouts import LAYOUTS, Even, prescribed_gradients
-from tests.helpers.worker import gathered_weights, local, new_module, relative_error
+from tests.helpers.worker import local, relative_error
 
 OPTIMIZERS: dict[str, Any] = {"NAMO": NAMO, "NAMOD": NAMOD, "AdaMuon": AdaMuon}
 TARGETS = ["ddp", "fsdp1", "fsdp2-even", "fsdp2-shard1", "hsdp", "tp", "fsdp2+tp"]

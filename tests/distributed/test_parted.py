@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer
+from lightning_namo.testing.layouts import shard_children
 from tests.helpers.launch import WorkerError, run_ranks
-from tests.helpers.layouts import shard_children
 from tests.helpers.worker import local
 
 OPTIMIZERS = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}

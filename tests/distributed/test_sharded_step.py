@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from lightning_namo.testing.layouts import LAYOUTS
 from tests.helpers.launch import run_ranks
-from tests.helpers.layouts import LAYOUTS
 from tests.helpers.rules import RULES
 from tests.helpers.worker import STEPS, VARIANTS, compare_layouts, expected_results
 

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, NAMOD, OptimizerCallback, WarmupStableDecay, build_optimizer, optimize_with
+from lightning_namo.testing.layouts import gathered_weights, whole
 from tests.helpers import toy
 from tests.helpers.launch import WorkerError, run_ranks
 from tests.helpers.strategies import EXACT_HYPER, STRATEGIES, Regression, RegressionNet, fsdp2
-from tests.helpers.worker import gathered_weights, relative_error, whole
+from tests.helpers.worker import relative_error
 
 SCHEDULE = WarmupStableDecay(warmup=2, decay=2, total_steps=6)
 

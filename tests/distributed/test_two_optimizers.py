@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, NAMOD, build_optimizer
+from lightning_namo.testing.layouts import gathered_weights
 from tests.helpers import toy
 from tests.helpers.launch import run_ranks
 from tests.helpers.resuming import PLACES, readable
 from tests.helpers.strategies import EXACT_HYPER
-from tests.helpers.worker import gathered_weights, relative_error
+from tests.helpers.worker import relative_error
 
 STEPS, SAVED_AT = 4, 2  # of both optimizers together: Lightning counts each
 PLAIN, SHARDED = ("single", "ddp 2"), ("fsdp2 2", "fsdp2 2 sharded")

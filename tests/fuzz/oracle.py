@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from tests import reference
+from tests.helpers.rules import taken
 
 Interval = tuple[Tensor, Tensor]
 RULES: dict[str, Any] = {
@@ -24,6 +25,8 @@ RULES: dict[str, Any] = {
     "NAMOD": reference.namo_d,
     "Muon": reference.muon,
     "AdaMuon": reference.adamuon,
+    "NorMuon": reference.normuon,
+    "MuonH": reference.muon_hyperball,
 }
 
 
@@ -51,6 +54,18 @@ def quotient(X: Tensor, e: Tensor, v: Tensor, ev: Tensor, eps: float, u: float) 
         torch.where(nothing, 0.0, low * (1 - 8 * u)),
         torch.where(nothing, 0.0, high * (1 + 8 * u)),
     )
+
+
+def normalized(X: Tensor, e: Tensor, d: Tensor, eps: float, u: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``Y = X / max(||X||, eps)``, and how far Y may be off in each element and in norm, for X off by e and d.
+
+    In norm by d over the least divisor, as no two points come to lie further apart when they are projected onto a ball.
+    """
+    divisor, few = X.norm().clamp(min=eps), (X.numel() + 8) * u
+    Y, low = X / divisor, (X.norm() - d).clamp(min=eps)
+    off = (d / low).clamp(max=2)
+    e = torch.minimum((e + Y.abs() * d) / low, off)
+    return Y, e + few * (Y.abs() + e), off + few * (1 + off)
 
 
 @dataclass
@@ -102,22 +117,22 @@ class Matrix:
 
     def __init__(self, W: Tensor, rule: str, hyper: dict[str, Any], lr: Tensor, weight_decay: Tensor) -> None:
         self.rule, self.hyper, self.lr, self.weight_decay = rule, hyper, lr, weight_decay
-        keys = {"nesterov": hyper["nesterov"], "shape_scale": hyper["shape_scale"], "mu1": hyper["momentum"]}
-        if rule in ("NAMO", "NAMOD"):
-            keys |= {"mu2": hyper["beta2"], "eps": hyper["eps"], "max_step": hyper["max_step"], "decay": hyper["decay"]}
-        if rule == "NAMOD":
-            keys["c"] = hyper["clamp"] or 0.0
+        keys = {"lam": weight_decay, "mu1": hyper["momentum"], "mu2": hyper.get("beta2"), "beta": hyper.get("beta2")}
+        keys |= {key: hyper.get(key) for key in ("nesterov", "eps", "max_step", "decay", "shape_scale")}
+        keys |= {"c": hyper.get("clamp") or 0.0}
         if rule == "AdaMuon":
-            keys |= {"beta": hyper["beta2"], "eps": hyper["eps"], "shape_scale": hyper["shape_scale"] or 1.0}
+            keys |= {"shape_scale": hyper["shape_scale"] or 1.0}
         self.polar = Polar(rule == "AdaMuon")
         self.W, self.eW = W, torch.zeros_like(W)
         self.M, self.eM = torch.zeros_like(W), torch.zeros_like(W)
-        shape = {"NAMO": (), "NAMOD": (W.size(1),), "AdaMuon": tuple(W.shape)}.get(rule)
+        self.dW = torch.zeros((), dtype=W.dtype)  # MuonH's: how far W may be off in norm
+        shapes = {"NAMO": (), "NAMOD": (W.size(1),), "AdaMuon": tuple(W.shape), "NorMuon": (W.size(0),), "MuonH": ()}
+        shape = shapes.get(rule)
         self.v = None if shape is None else torch.zeros(shape, dtype=W.dtype)
         self.ev = None if shape is None else torch.zeros(shape, dtype=W.dtype)
         self.t = 0
         self.weights: Iterator[Tensor] = RULES[rule](
-            W, self._gradients(), eta=lr, lam=weight_decay, orth=self.polar, **keys
+            W, self._gradients(), eta=lr, orth=self.polar, **taken(RULES[rule], keys)
         )
 
     def _gradients(self) -> Iterator[Tensor]:
@@ -141,8 +156,10 @@ class Matrix:
         self.polar.weight, self.polar.spread, self.polar.before_sign = units.weight, sent, N
         self.W = next(self.weights)
         P, eP = self.polar.factor, torch.full_like(W, self.polar.off) + uw * self.polar.factor.abs()
-        if self.rule == "AdaMuon":
+        if self.rule in ("AdaMuon", "NorMuon"):
             self._adamuon(W, P, eP, units)
+        elif self.rule == "MuonH":
+            self._hyperball(W, P, eP, units)
         else:
             self._scaled(W, G, eG, N, eN, P, eP, units)
 
@@ -212,14 +229,19 @@ class Matrix:
         assert self.ev is not None
         h, us, uw = self.hyper, unit(units.statistics), unit(units.weight)
         lr, lam, beta, eps = float(self.lr), float(self.weight_decay), h["beta2"], h["eps"]
-        self.v = beta * self.v + (1 - beta) * P.square()
-        self.ev = beta * self.ev + (1 - beta) * square_interval(P, eP) + 4 * us * self.v
-        low, high = quotient(P, eP, self.v, self.ev, eps, us)
-        U = P.abs() / (self.v.sqrt() + eps)
+        squares, off = P.square(), square_interval(P, eP)
+        if self.rule == "NorMuon":
+            squares, off = squares.mean(dim=1), off.mean(dim=1)
+            off = off + (P.size(1) + 8) * us * (squares + off)
+        self.v = beta * self.v + (1 - beta) * squares
+        self.ev = beta * self.ev + (1 - beta) * off + 4 * us * self.v
+        v, ev = (X.reshape(len(P), -1) for X in (self.v, self.ev))
+        low, high = quotient(P, eP, v, ev, eps, us)
+        U = P.abs() / (v.sqrt() + eps)
         eU = torch.where(P.abs() > eP, torch.maximum(high - U, U - low), high + U)
         eU = torch.where(high == 0, 0.0, eU)
         norm, off = U.norm(), eU.norm() + (U.numel() + 8) * us * U.norm()
-        top = lr * (h["shape_scale"] or 1.0) * sqrt(W.numel())
+        top = lr * (0.2 if self.rule == "NorMuon" else h["shape_scale"] or 1.0) * sqrt(W.numel())
         size = top / (norm + eps)
         worst = top / ((norm - off).clamp(min=0) + eps)
         e_size = torch.maximum(worst - size, size - top / (norm + off + eps)) + 8 * us * size
@@ -234,6 +256,28 @@ class Matrix:
             + 4 * uw * (moved + W.abs() + self.eW)
             + (moved + W.abs() > 0) * least(units.weight)
         )
+
+    def _hyperball(self, W: Tensor, P: Tensor, eP: Tensor, units: Rounding) -> None:
+        us, uw = unit(units.statistics), unit(units.weight)
+        lr, eps = float(self.lr), self.hyper["eps"]
+        if self.t == 1:
+            self.dW = self.eW.norm()
+            self.v = W.norm()
+            self.ev = self.dW + (W.numel() + 8) * us * (self.v + self.dW)
+        assert self.v is not None
+        assert self.ev is not None
+        R, eR = self.v, self.ev
+        dP = self.polar.off + uw * P.norm()  # of the perturbation bound, which is one in norm
+        Q, eQ, dQ = normalized(P, eP, dP, eps, us)
+        V, terms = W - lr * R * Q, W.abs() + self.eW + lr * (R + eR) * (Q.abs() + eQ)
+        eV = self.eW + lr * ((R + eR) * eQ + eR * Q.abs()) + 4 * us * terms
+        dV = self.dW + lr * ((R + eR) * dQ + eR) + 4 * us * terms.norm()
+        dV = torch.minimum(dV, eV.norm())
+        Y, eY, dY = normalized(V, eV, dV, eps, us)
+        scale = (R + eR) / (V.norm() - dV).clamp(min=eps)
+        rounded = 4 * uw * scale * terms + (terms > 0) * least(units.weight)
+        self.dW = (R + eR) * dY + eR + rounded.norm()
+        self.eW = torch.minimum((R + eR) * eY + eR * Y.abs() + rounded, self.dW)
 
 
 @dataclass
@@ -283,6 +327,7 @@ class OfMatrix:
             block.eM = block.eM + unit(units.momentum) * block.M.abs()
             if block.v is not None and block.ev is not None:
                 block.ev = block.ev + unit(units.statistics) * block.v
+            block.dW = block.dW + unit(units.weight) * block.W.norm()
 
     def expected(self) -> Expected:
         first = self.blocks[0]
@@ -294,8 +339,11 @@ class OfMatrix:
         if first.rule == "AdaMuon":
             state["v"] = self._stored([b.v for b in self.blocks]), self._stored([b.ev for b in self.blocks])  # type: ignore[misc]
         elif first.v is not None:
-            whole = tuple(torch.stack([getattr(b, key) for b in self.blocks]) for key in ("v", "ev"))
-            state["v"] = whole if len(self.blocks) > 1 else (whole[0][0], whole[1][0])  # type: ignore[assignment]
+            # The rows of unequal blocks follow one another.
+            together = torch.cat if first.rule == "NorMuon" and len(set(self.sizes)) > 1 else torch.stack
+            whole = tuple(together([getattr(b, key) for b in self.blocks]) for key in ("v", "ev"))
+            key = "radius" if first.rule == "MuonH" else "v"
+            state[key] = whole if len(self.blocks) > 1 else (whole[0][0], whole[1][0])  # type: ignore[assignment]
         weight = self._stored([b.W for b in self.blocks]), self._stored([b.eW for b in self.blocks])
         return Expected(weight, state, float(self.lr), float(self.weight_decay))
 

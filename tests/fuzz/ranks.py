@@ -30,12 +30,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer, clip_gradients
+from lightning_namo import build_optimizer, clip_gradients
+from lightning_namo.testing.layouts import whole
 from tests.fuzz.walk import PLAIN, Event, Walk, gradients, restructure
-from tests.helpers.layouts import whole
+from tests.helpers.rules import RULES, taken
 from tests.helpers.worker import clean, local
-
-CLASSES = {cls.__name__: cls for cls in (NAMO, NAMOD, Muon, AdaMuon)}
 
 
 @dataclass
@@ -183,9 +182,8 @@ class Member:
         named = self.named()
         for name, parameter in named.items():
             parameter.requires_grad_(not self.walk.layers[self.walk.layer_of(name)].frozen)
-        optimizer = build_optimizer(
-            self.module, CLASSES[self.walk.optimizer], blocks=self.walk.blocks(), **self.walk.hyper
-        )
+        cls = RULES[self.walk.optimizer]
+        optimizer = build_optimizer(self.module, cls, blocks=self.walk.blocks(), **taken(cls, self.walk.hyper))
         optimizer.bucket_bytes, optimizer.batched = self.walk.bucket_bytes, self.walk.batched
         for layer in added:
             of_layer = [p for name, p in named.items() if self.walk.layer_of(name) == layer]
@@ -330,7 +328,8 @@ class Member:
         return Seen(weights, state, hyper, self.optimizer.skipped_steps())
 
     def _is_like(self, key: str) -> bool:
-        return key in ("momentum_buffer", "exp_avg", "exp_avg_sq") or (key == "v" and self.walk.optimizer == "AdaMuon")
+        kinds = RULES[self.walk.optimizer].state
+        return key in ("momentum_buffer", "exp_avg", "exp_avg_sq") or kinds.get(key) == "element"
 
     def _part(self, tensor: Tensor) -> Part:
         tensor = tensor.detach()

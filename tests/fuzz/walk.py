@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tests.helpers.rules import RULES
 from tests.helpers.worker import clean
 
 WORLDS = {  # layout -> how many ranks it takes
@@ -264,7 +265,7 @@ def draw(seed: int, short: bool = False) -> Walk:
         dtype = rng.choice(["float64", "float32", "bfloat16"]) if mixed and rng.random() < 0.5 else main
         alike = replace(rng.choice(layers), frozen=rng.random() < 0.15)  # matrices of one shape are worked on together
         layers.append(alike if rng.random() < 0.35 else draw_layer(rng, even, dtype, place.layout))
-    optimizer = rng.choice(["NAMO", "NAMOD", "Muon", "AdaMuon"])
+    optimizer = rng.choice([name for name in RULES if name != "TwoRounds"])  # for which there is no oracle
     hyper = draw_hyper(rng, optimizer)
     events: list[Event] = []
     walk = Walk(seed, tuple(layers), optimizer, hyper, rng.choice([None, 500, 4000]), place, ())
@@ -335,7 +336,7 @@ def draw_layer(rng: random.Random, even: bool, dtype: str, layout: str, kind: st
 
 
 def draw_hyper(rng: random.Random, optimizer: str) -> dict[str, Any]:
-    """Hyper-parameters anywhere in their ranges, with the exact polar factor."""
+    """Hyper-parameters anywhere in their ranges, with the exact polar factor; fixed ones that a class does not take."""
     momentum = rng.choice([0.0, 0.3, 0.8, 0.95])
     hyper: dict[str, Any] = {
         "lr": 10 ** rng.uniform(-2.5, -0.5),
@@ -356,8 +357,12 @@ def draw_hyper(rng: random.Random, optimizer: str) -> dict[str, Any]:
         hyper |= {"max_step": rng.choice([None, 1.0, 0.05])}
     if optimizer == "NAMOD":
         hyper |= {"clamp": rng.choice([None, 0.1, 0.5, 1.0])}
-    if optimizer == "AdaMuon":
+    if optimizer in ("AdaMuon", "NorMuon"):
         hyper |= {"beta2": rng.choice([0.0, 0.5, 0.95]), "eps": rng.choice([1e-8, 1e-3])}
+    if optimizer in ("NorMuon", "MuonH"):
+        hyper |= {"nesterov": True}
+    if optimizer == "MuonH":
+        hyper |= {"weight_decay": 0.0, "eps": rng.choice([1e-8, 1e-3])}
     return hyper
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMOD, WarmupStableDecay, optimize_with
+from lightning_namo.testing.layouts import gathered_weights
 from tests.helpers import toy
 from tests.helpers.rules import RULES
 from tests.helpers.strategies import (
@@ -26,7 +27,6 @@ from tests.helpers.strategies import (
     model_parallel,
     tensor_parallel,
 )
-from tests.helpers.worker import gathered_weights
 
 STEPS, SAVED_AT, SAMPLES = 5, 3, 6
 ADOPTER = NAMOD  # goes on where AdamW stopped

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from lightning_namo import build_optimizer
-from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.testing.layouts import (
+    LAYOUTS,
+    gathered_state,
+    gathered_weights,
+    new_module,
+    prescribed_gradients,
+)
 from tests.helpers.iteration import iterating_in
-from tests.helpers.layouts import LAYOUTS, Odd, prescribed_gradients, whole
 from tests.helpers.rules import RULES
 
 VARIANTS = {  # name: (dtype, orthogonalizer, dtype of the iteration, whether the accelerators' path is taken)
@@ -68,13 +72,12 @@ def counted(wire: Wire) -> Iterator[None]:
         dist.all_to_all_single, dist.all_reduce, dist.all_gather_object = all_to_all, all_reduce, all_gather
 
 
-def new_module(kind: type[Odd], dtype: torch.dtype) -> Odd:
-    torch.manual_seed(0)
-    return kind().to(dtype)
-
-
 def clean(name: str) -> str:
     return name.replace("_fsdp_wrapped_module.", "").removeprefix("module.").removeprefix("_forward_module.")
+
+
+def local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def train(
@@ -95,39 +98,6 @@ def train(
         with counted(wire) if step else contextlib.nullcontext():
             optimizer.step()
     return optimizer
-
-
-def gathered_state(optimizer: OrthogonalizedOptimizer) -> dict[str, dict[str, Tensor]]:
-    """Whole state of every matrix: parameter-shaped states are put together from all ranks' regions."""
-    matrices, _, _ = optimizer._prepare()
-    result: dict[str, dict[str, Tensor]] = {clean(matrix.name): {} for matrix in matrices}
-    stored: dict[tuple[str, str], tuple[int, int]] = {}
-    ours: dict[tuple[str, str], tuple[Any, Tensor]] = {}
-    for matrix in matrices:
-        name = clean(matrix.name)
-        for key, value in optimizer.state[matrix.tensor].items():
-            part = local(value)
-            if key != "momentum_buffer" and optimizer._kinds.get(key) != "element":
-                result[name][key] = part
-            else:
-                stored[name, key], ours[name, key] = matrix.layout.stored, (matrix.layout.region, part.reshape(-1))
-    parts = [ours]
-    if dist.is_initialized():
-        parts = [{}] * dist.get_world_size()
-        dist.all_gather_object(parts, ours)
-    for name, key in ours:
-        full = torch.full(stored[name, key], torch.nan, dtype=ours[name, key][1].dtype)
-        for of_rank in parts:
-            region, part = of_rank[name, key]
-            region.of(full).copy_(part.view(region.of(full).shape))
-        result[name][key] = full
-    return result
-
-
-def gathered_weights(module: nn.Module) -> dict[str, Tensor]:
-    sharded = isinstance(module, FSDP)
-    with FSDP.summon_full_params(module, writeback=False) if sharded else contextlib.nullcontext():
-        return {clean(name): whole(parameter).clone() for name, parameter in module.named_parameters()}
 
 
 def expected_results(variant: str) -> dict[Any, Any]:
@@ -152,10 +122,6 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     if expected.numel() == 0 or torch.equal(actual, expected):
         return 0.0
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
-
-
-def local(tensor: Tensor) -> Tensor:
-    return getattr(tensor, "_local_tensor", tensor)
 
 
 class Backward:

@@ -18,10 +18,10 @@ from lightning_namo.planning.cost_model import Estimate, estimate
 from lightning_namo.planning.models import build_model
 from lightning_namo.planning.simulated_mesh import SimulatedMesh
 from lightning_namo.sharding.local import local_tensor
+from lightning_namo.testing.layouts import LAYOUTS, new_module
 from tests.helpers.launch import run_ranks
-from tests.helpers.layouts import LAYOUTS
 from tests.helpers.rules import RULES
-from tests.helpers.worker import Wire, counted, new_module
+from tests.helpers.worker import Wire, counted
 
 PLAIN = [(layout, "NAMO") for layout in ("ddp", "fsdp2-even", "fsdp2-uneven", "hsdp", "fsdp2+tp")]
 PLAIN += [("fsdp2-uneven", "NAMOD"), ("fsdp2+tp", "AdaMuon")]  # other statistics and state
@@ -84,7 +84,7 @@ def real(world_size: int) -> list[dict[Any, Any]]:
 
 
 def grid_of(layout: str, ranks: int) -> SimulatedMesh:
-    two = 2 if ranks % 2 == 0 else 1  # as in tests.helpers.layouts
+    two = 2 if ranks % 2 == 0 else 1  # as in lightning_namo.testing.layouts
     sizes = {"ddp": (ranks, 1, 1), "hsdp": (ranks // two, two, 1), "fsdp2+tp": (1, ranks // two, two)}
     return SimulatedMesh(*sizes.get(layout, (1, ranks, 1)))
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from lightning_namo.sharding.discovery import find_regions, holds_fsdp1, is_fsdp2, part_of, region_of, shard_counts
 from lightning_namo.sharding.layout import Rectangle
-from tests.helpers.layouts import shard_children
+from lightning_namo.testing.layouts import shard_children
 
 
 def test_plain_parameters_are_whole() -> None:

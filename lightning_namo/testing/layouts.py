@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -15,6 +16,10 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.routing.names import clean_name
+from lightning_namo.sharding.local import local_tensor
+
 
 class Probe(nn.Module):
     """Holds a layer; its output's derivative by each of the layer's parameters is what was put in."""
@@ -24,12 +29,14 @@ class Probe(nn.Module):
         self.layer = layer
 
     def forward(self, grads: dict[str, Tensor]) -> Tensor:
+        """The sum of all parameters' products with what their gradients are to be."""
         total = torch.zeros((), dtype=next(self.parameters()).dtype)
         for name, parameter in self.layer.named_parameters():
             grad = grads[name]
             if isinstance(parameter, DTensor):
                 grad = distribute_tensor(grad, parameter.device_mesh, parameter.placements)
-                total = total + (parameter * grad).sum().full_tensor()
+                product: Any = parameter * grad
+                total = total + product.sum().full_tensor()
             else:
                 total = total + (parameter * grad).sum()
         return total
@@ -53,6 +60,7 @@ class Odd(nn.Module):
         self.norm = Probe(nn.LayerNorm(5))
 
     def forward(self, grads: dict[str, dict[str, Tensor]]) -> Tensor:
+        """The sum over the layers."""
         return sum((child(grads[name]) for name, child in self.named_children()), torch.zeros(()))
 
 
@@ -75,12 +83,13 @@ class Even(Odd):
 def prescribed_gradients(module: nn.Module, step: int) -> dict[str, dict[str, Tensor]]:
     """Full gradients of an unsharded module for a step, the same wherever it is called."""
     generator = torch.Generator().manual_seed(1000 + step)
+    children: Any = module.named_children()
     return {
         name: {
             key: torch.randn(p.shape, dtype=p.dtype, generator=generator) * 0.1 * (step + 1)
             for key, p in child.layer.named_parameters()
         }
-        for name, child in module.named_children()
+        for name, child in children
     }
 
 
@@ -88,7 +97,8 @@ def shard_children(module: nn.Module, mesh: DeviceMesh | None = None, **options:
     """FSDP2 with a unit for every child and one for the rest."""
     for child in module.children():
         fully_shard(child, mesh=mesh, **options)
-    return fully_shard(module, mesh=mesh, **options)
+    fully_shard(module, mesh=mesh, **options)
+    return module
 
 
 def _ddp(module: nn.Module) -> nn.Module:
@@ -124,7 +134,8 @@ def _hsdp(module: nn.Module) -> nn.Module:
 
 def _tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
     """Rows of the tall and the fused layer, columns of the wide ones; norms, convolutions and embeddings stay whole."""
-    plan = {"tall": ColwiseParallel, "fused": ColwiseParallel, "wide": RowwiseParallel, "few": RowwiseParallel}
+    rows, columns = ("tall", "fused"), ("wide", "few")
+    plan: dict[str, Any] = {**dict.fromkeys(rows, ColwiseParallel), **dict.fromkeys(columns, RowwiseParallel)}
     for name, style in plan.items():
         if hasattr(module, name):
             parallelize_module(getattr(module, name), mesh, {"layer": style()})
@@ -159,4 +170,45 @@ def whole(parameter: Tensor) -> Tensor:
     """A DTensor's full value, or the tensor itself."""
     if not isinstance(parameter, DTensor):
         return parameter.detach()
-    return parameter.detach().redistribute(placements=[Replicate()] * parameter.device_mesh.ndim).to_local()
+    replicated = parameter.redistribute(placements=[Replicate()] * parameter.device_mesh.ndim)
+    return replicated.to_local().detach()
+
+
+def new_module(kind: type[Odd], dtype: torch.dtype) -> Odd:
+    """A module with the same weights wherever it is made."""
+    torch.manual_seed(0)
+    return kind().to(dtype)
+
+
+def gathered_state(optimizer: OrthogonalizedOptimizer) -> dict[str, dict[str, Tensor]]:
+    """Whole state of every matrix: parameter-shaped states are put together from all ranks' regions."""
+    matrices, _, _ = optimizer._prepare()
+    result: dict[str, dict[str, Tensor]] = {clean_name(matrix.name): {} for matrix in matrices}
+    stored: dict[tuple[str, str], tuple[int, int]] = {}
+    ours: dict[tuple[str, str], tuple[Any, Tensor]] = {}
+    for matrix in matrices:
+        name = clean_name(matrix.name)
+        for key, value in optimizer.state[matrix.tensor].items():
+            part = local_tensor(value)
+            if key != "momentum_buffer" and optimizer._kinds.get(key) != "element":
+                result[name][key] = part
+            else:
+                stored[name, key], ours[name, key] = matrix.layout.stored, (matrix.layout.region, part.reshape(-1))
+    parts = [ours]
+    if dist.is_initialized():
+        parts = [{}] * dist.get_world_size()
+        dist.all_gather_object(parts, ours)
+    for name, key in ours:
+        full = torch.full(stored[name, key], torch.nan, dtype=ours[name, key][1].dtype)
+        for of_rank in parts:
+            region, part = of_rank[name, key]
+            region.of(full).copy_(part.view(region.of(full).shape))
+        result[name][key] = full
+    return result
+
+
+def gathered_weights(module: nn.Module) -> dict[str, Tensor]:
+    """Whole weights by name."""
+    sharded = isinstance(module, FSDP)
+    with FSDP.summon_full_params(module, writeback=False) if sharded else contextlib.nullcontext():
+        return {clean_name(name): whole(parameter).clone() for name, parameter in module.named_parameters()}
