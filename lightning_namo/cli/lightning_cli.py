@@ -90,7 +90,7 @@ class NamoCLI(LightningCLI):
             trainer_defaults={"callbacks": SaveOnSigterm()},  # always there, whatever callbacks a config lists
             parser_kwargs={
                 "prog": PROGRAM,
-                "description": "Train with NAMO, NAMO-D, Muon, AdaMuon or any optimizer of torch.",
+                "description": "Train with NAMO, NAMO-D, Muon, AdaMuon, a rule of your own or any optimizer of torch.",
                 "epilog": f"Commands without a Trainer: {commands}.",
                 "allow_abbrev": False,
                 **subparsers,

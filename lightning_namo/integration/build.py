@@ -35,7 +35,7 @@ def build_optimizer(
 
     Args:
         module: Whose parameters to train, as the strategy left it (wrapped or sharded).
-        cls: `NAMO`, `NAMOD`, `Muon`, `AdaMuon`, or any callable from parameter groups to an optimizer.
+        cls: `NAMO` or another `OrthogonalizedOptimizer`, or any callable from parameter groups to an optimizer.
         adamw: Globs over parameter names that take AdamW whatever the routing says.
         orthogonalize: Globs over parameter names that are matrices whatever the routing says.
         blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
@@ -94,7 +94,8 @@ def make_optimizer(
         return optimizer
     if adopt_state:
         raise ValueError(
-            f"Expected adopt_state=True with NAMO, NAMOD, Muon or AdaMuon. Got {type(optimizer).__name__}."
+            "Expected adopt_state=True with a subclass of OrthogonalizedOptimizer, as NAMO. Got "
+            f"{type(optimizer).__name__}."
         )
     if (module := groups.module()) is not None:
         number_by_module(optimizer, module)

@@ -47,7 +47,7 @@ def optimize_with(
     follow, too, unless ``adamw_lr`` is given.
 
     Args:
-        cls: `NAMO`, `NAMOD`, `Muon`, `AdaMuon`, or any callable from parameter groups to an optimizer.
+        cls: `NAMO` or another `OrthogonalizedOptimizer`, or any callable from parameter groups to an optimizer.
         schedule: A `WarmupStableDecay`, or a callable from the optimizer to a scheduler; stepped every step.
         adamw: As `build_optimizer`'s.
         orthogonalize: As `build_optimizer`'s.

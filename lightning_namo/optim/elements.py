@@ -30,6 +30,7 @@ class Holder(Protocol):
     _workspace: Workspace
     _on_cpu: bool
     _resumed: int
+    _summed: int
     _written: list[str]
 
 
@@ -82,6 +83,7 @@ class Elements:
     ) -> None:
         self._x, self._read, self._until = x, read, until
         self._of, self._version = of, x._written.count(of)
+        self._held_since: int | None = None
         self.is_gradient, self.is_own, self.is_finite = is_gradient, is_own, is_finite
 
     @classmethod
@@ -109,6 +111,11 @@ class Elements:
                 "Expected elements to be used before the next yield: afterwards the gradient or the momentum has "
                 "changed. Ask for them again (x.look_ahead(h)), or compute what is needed of them before the yield."
             )
+        if self._held_since is not None and self._x._summed > self._held_since:
+            raise RuntimeError(
+                "Expected elements that were computed before a sum to be used before it is asked for: until all ranks "
+                "have answered they would be held for the whole model. Compute them again after the yield."
+            )
         if self._x._written.count(self._of) > self._version:
             raise RuntimeError(
                 f"Expected elements to be used before x.{self._of} is written, from which they are read. Take them "
@@ -124,7 +131,7 @@ class Elements:
         found: list[Holder] = []
         of_others, is_finite = set(), list[bool]()
         writes = func.__name__.endswith("_") and not func.__name__.endswith("__")
-        if "out" in (kwargs or {}):
+        if (kwargs or {}).get("out") is not None:
             raise TypeError(f"Expected {func.__name__} to make new elements, but got out=. Take what it returns.")
 
         def plain(value: Any) -> Any:
@@ -149,7 +156,9 @@ class Elements:
         if isinstance(result, Tensor) and result.shape == (len(x._stack.parameters), *x._stack.local_shape):
             in_place = result.untyped_storage()._cdata in of_others  # as what .to(dtype) returns may be
             finite = func.__name__ in _KEEP_FINITE and all(is_finite)
-            return Elements.having(x, result.clone() if in_place else result, is_finite=finite)
+            made = Elements.having(x, result.clone() if in_place else result, is_finite=finite)
+            made._held_since = x._summed
+            return made
         if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise TypeError(
                 f"Expected {func.__name__} to keep the shape of the elements, which are this rank's only. For sums "

@@ -20,9 +20,19 @@ import torch
 from torch import Tensor
 
 Decay = Literal["adaptive", "lr"]
-HyperParameters: TypeAlias = SimpleNamespace  # of a group, as attributes
+
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 T = TypeVar("T", bound=Any)  # numbers or elements of a rule
+
+
+class HyperParameters(SimpleNamespace):
+    """Of a group, as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"Expected the hyper-parameters to have {name}, but there are {', '.join(sorted(vars(self)))}. Give "
+            f'super().__init__ of the class a value: {{"{name}": ...}}.'
+        )
 
 
 def bias_correction(decay: float, step: Tensor) -> Tensor:

@@ -83,6 +83,11 @@ class GroupedOptimizer(Optimizer):
                 f"{type(self).__name__}: expected groups of parameters but got a module, {type(params).__name__}. "
                 f"{_how_to_build(type(self).__name__)}"
             )
+        if missing := [key for key in ("lr", "momentum", "weight_decay") if key not in defaults]:
+            raise ValueError(
+                f"{type(self).__name__}: expected super().__init__ to be given {', '.join(missing)}, too, which "
+                "torch's schedulers and Lightning's monitors read (0.0 for none)."
+            )
         of_engine = {key: default for key, (_, default) in ENGINE_KEYS.items()}
         defaults = {**of_engine, **defaults, **self._engine_keys}
         check_ranges({key: plain_value(value) for key, value in defaults.items()}, type(self).__name__, self.ranges)

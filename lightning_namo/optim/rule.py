@@ -88,6 +88,7 @@ class Matrices:
     _masked: Tensor | None  # and after
     _lazy: LookAhead | None  # N of the last `advance`
     _resumed: int
+    _summed: int  # how many sums before the first polar factor were answered
     _written: list[str]
 
     def __init__(
@@ -95,7 +96,15 @@ class Matrices:
     ) -> None:
         own = self.__dict__
         own |= {"_stack": of, "_blocks": blocks, "_grads": grads, "_workspace": workspace}
-        own |= {"_valid": None, "_raw": None, "_masked": None, "_lazy": None, "_resumed": 0, "_written": []}
+        own |= {
+            "_valid": None,
+            "_raw": None,
+            "_masked": None,
+            "_lazy": None,
+            "_resumed": 0,
+            "_summed": 0,
+            "_written": [],
+        }
         own["_on_cpu"] = of.state["step"].is_cpu
         own["_in_one"] = len(grads) > 1 and (self._on_cpu or of.layout.region.numel < _SMALL)
 
@@ -264,9 +273,14 @@ class Matrices:
         """Which of P parameters may be written, (P,), and which may not."""
         self.__dict__.update(_valid=valid, _invalid=invalid)
 
-    def _resume(self) -> None:
-        """The rule goes on: directions that it was given before cannot be read any more."""
+    def _resume(self, of_the_model: bool = False) -> None:
+        """The rule goes on: directions that it was given before cannot be read any more.
+
+        Args:
+            of_the_model: Whether with a sum before its first polar factor, for which all matrices had to wait.
+        """
         self.__dict__["_resumed"] += 1
+        self.__dict__["_summed"] += of_the_model
         self._forget()
 
     def _forget(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -69,7 +68,7 @@ class StackRun:
         self._rules = [rule(x, h) for x in self._xs]
         self._asked: list[Sum | Polar] = []
         self._answers: list[Any] | None = None
-        self.leading_left = requests.leading  # sums to be answered before the first polar factor
+        self._leading = self.leading_left = requests.leading  # sums to be answered before the first polar factor
         self.has_ended = False
         self._held: Tensor | None = None
         self._resumed = 0
@@ -239,7 +238,7 @@ class StackRun:
     def _resume(self, answers: Sequence[Any] | None = None) -> None:
         self._asked, ended = [], 0
         for place, (x, rule) in enumerate(zip(self._xs, self._rules, strict=True)):
-            x._resume()
+            x._resume(0 < self._resumed <= self._leading)
             try:
                 self._asked.append(rule.send(None if answers is None else answers[place]))
             except StopIteration:
@@ -263,7 +262,7 @@ class StackRun:
 def hyper_parameters(group: dict[str, Any]) -> HyperParameters:
     """A group's hyper-parameters as a rule sees them: rates that are tensors have no dimension."""
     plain = {key: value.reshape(()) if isinstance(value, Tensor) else value for key, value in group.items()}
-    return SimpleNamespace(**{key: value for key, value in plain.items() if key != "params"})
+    return HyperParameters(**{key: value for key, value in plain.items() if key != "params"})
 
 
 def kind_of(asked: object) -> str:

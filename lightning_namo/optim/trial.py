@@ -123,12 +123,20 @@ class _Trial:
 
     def _next(self, answer: Any) -> Sum | Polar | None:
         x, sent = self.x, torch.empty_like(self.x._stack.state["momentum_buffer"], dtype=self._wire)
-        x._resume()
+        x._resume(bool(self.asked) and "polar" not in self.asked)
         with self.memory or nullcontext():
             try:
                 request = self.steps.send(answer)
             except StopIteration:
                 request = None
+            except (NotImplementedError, RuntimeError) as error:
+                if "meta tensor" not in str(error):
+                    raise
+                raise TypeError(
+                    f"Expected the rule of {self.name} to read no number on the host (if, float(), .item()), for a "
+                    "step waits for no device. Let what it asks for depend on hyper-parameters and shapes alone, and "
+                    f"choose between numbers with torch.where. ({error})"
+                ) from error
             if isinstance(request, Polar):
                 request.direction.write(sent)
                 request.direction = Elements.having(x, sent)  # gone once it was sent

@@ -114,7 +114,7 @@ def recipe_optimizer(module: nn.Module, callback: OptimizerCallback) -> Orthogon
     )
     if not isinstance(optimizer, OrthogonalizedOptimizer):
         raise ValueError(
-            f"Expected NAMO, NAMOD, Muon or AdaMuon, whose work is shared out. Got {type(optimizer).__name__}."
+            f"Expected a subclass of OrthogonalizedOptimizer, as NAMO, whose work is shared out. Got {type(optimizer).__name__}."
         )
     return optimizer
 

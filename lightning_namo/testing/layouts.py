@@ -211,4 +211,5 @@ def gathered_weights(module: nn.Module) -> dict[str, Tensor]:
     """Whole weights by name."""
     sharded = isinstance(module, FSDP)
     with FSDP.summon_full_params(module, writeback=False) if sharded else contextlib.nullcontext():
-        return {clean_name(name): whole(parameter).clone() for name, parameter in module.named_parameters()}
+        named = [(clean_name(name).removeprefix("module."), parameter) for name, parameter in module.named_parameters()]
+        return {name: whole(parameter).clone() for name, parameter in named}

@@ -104,7 +104,7 @@ def _rank(
     expected: dict[str, Trained],
     tolerance: float,
 ) -> None:
-    """What each process does; the first one compares."""
+    """What each process does; the first one tells what they found."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/meet", timedelta(seconds=60), rank=rank, world_size=processes)
     found = []
@@ -121,7 +121,9 @@ def _rank(
                     f"under {layout} in {processes} processes{path} as in one: of {name} {words}. Try check_rule with "
                     "one process for where it comes from."
                 )
+    of_ranks: list[list[str]] = [[]] * processes
+    dist.all_gather_object(of_ranks, found)
     if rank == 0:
+        found = [words for of_rank in of_ranks for words in of_rank]
         torch.save(found, Path(folder, "found.pt"))
-    dist.barrier()
     dist.destroy_process_group()

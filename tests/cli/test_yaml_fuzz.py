@@ -320,7 +320,10 @@ WRONG_SECTIONS: list[tuple[str, str]] = [  # a section, and a part of what is sa
     ("blocks: {norm.weight: 3}", "norm.weight takes AdamW"),
     ("adopt_state: 3", "optim.adopt_state"),
     ("adopt_state: null", "--optim.adopt_state to have a value"),
-    ("{adopt_state: true, optimizer: torch.optim.AdamW}", "adopt_state=True with NAMO"),
+    (
+        "{adopt_state: true, optimizer: torch.optim.AdamW}",
+        "adopt_state=True with a subclass of OrthogonalizedOptimizer",
+    ),
     *(
         (f"blocks: {{qkv.weight: {blocks}}}", "blocks")
         for blocks in (0, -3, 5, 2.5, "true", "[]", "[6, 5]", "[24, -12]")

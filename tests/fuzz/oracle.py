@@ -247,12 +247,12 @@ class Matrix:
         e_size = torch.maximum(worst - size, size - top / (norm + off + eps)) + 8 * us * size
         if float(norm + off) == 0:
             e_size = torch.zeros(())
-        moved = (size + e_size) * (U + eU)
+        most = top * (1 + (U.numel() + 8) * us)  # of an update's norm
+        moved = ((size + e_size) * (U + eU)).clamp(max=most)
         self.eW = (
             abs(1 - lr * lam) * self.eW
             + 8 * us * (1 + lr * lam) * W.abs()
-            + (size + e_size) * eU
-            + e_size * U
+            + torch.minimum((size + e_size) * eU + e_size * U, size * U + most)
             + 4 * uw * (moved + W.abs() + self.eW)
             + (moved + W.abs() > 0) * least(units.weight)
         )
@@ -277,7 +277,8 @@ class Matrix:
         scale = (R + eR) / (V.norm() - dV).clamp(min=eps)
         rounded = 4 * uw * scale * terms + (terms > 0) * least(units.weight)
         self.dW = (R + eR) * dY + eR + rounded.norm()
-        self.eW = torch.minimum((R + eR) * eY + eR * Y.abs() + rounded, self.dW)
+        eW = torch.minimum((R + eR) * eY + eR * Y.abs() + rounded, self.dW)
+        self.eW = eW.nan_to_num(nan=inf, posinf=inf)  # where V may be near 0 again and again
 
 
 @dataclass

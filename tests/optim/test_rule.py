@@ -257,13 +257,6 @@ def not_finite_direction(self: Any, x: Any, h: Any) -> Any:
     x.apply(O, h.lr)
 
 
-def raw_gradient(self: Any, x: Any, h: Any) -> Any:
-    kept = x.grad * 1.0
-    yield Sum(x.square_sum(x.grad))
-    O = yield Polar(kept)
-    x.apply(O, h.lr)
-
-
 def spread_state(self: Any, x: Any, h: Any) -> Any:
     yield Polar(x.grad)
     x.rows = x.rows + 1
@@ -272,7 +265,7 @@ def spread_state(self: Any, x: Any, h: Any) -> Any:
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 1)])
 @pytest.mark.parametrize("method", ["svd", "newton_schulz"])
-@pytest.mark.parametrize("rule", [in_place_number, in_place_elements, not_finite_direction, raw_gradient, spread_state])
+@pytest.mark.parametrize("rule", [in_place_number, in_place_elements, not_finite_direction, spread_state])
 def test_no_rule_changes_a_matrix_that_is_not_valid(rule: Any, method: str, shape: tuple[int, int]) -> None:
     parameters = [nn.Parameter(randn(*shape, seed=i)) for i in range(2)]
     cls = optimizer_of(rule, {"v": "matrix", "rows": "row", "u": "element"}, orthogonalizer=method, nesterov=False)
@@ -459,6 +452,23 @@ def held_over_a_request(self: Any, x: Any, h: Any) -> Any:
     yield Polar(N)
 
 
+def held_for_the_model(self: Any, x: Any, h: Any) -> Any:
+    kept = x.grad * 1.0
+    yield Sum(x.square_sum(x.grad))
+    yield Polar(kept)
+
+
+def no_hyper_parameter(self: Any, x: Any, h: Any) -> Any:
+    O = yield Polar(x.advance(h))
+    x.apply(O, h.rate)
+
+
+def read_on_the_host(self: Any, x: Any, h: Any) -> Any:
+    (squares,) = yield Sum(x.square_sum(x.grad))
+    O = yield Polar(x.advance(h))
+    x.apply(O, h.lr if squares.max() > 1 else 0.0)
+
+
 def direction_is_a_number(self: Any, x: Any, h: Any) -> Any:
     yield Polar(x.v)
 
@@ -507,6 +517,13 @@ MISTAKES = [
     (wrong_shape, ValueError, r"Expected step_size to have numbers \(K, 1, 1\)"),
     (rows_for_columns, ValueError, r"Expected x.columns to be set to numbers \(K, 1, 4\)"),
     (held_over_a_request, RuntimeError, "Expected elements to be used before the next yield"),
+    (held_for_the_model, RuntimeError, "they would be held for the whole model"),
+    (
+        no_hyper_parameter,
+        AttributeError,
+        r"Expected the hyper-parameters to have rate, but there are .*lr.*\{\"rate\": ...\}",
+    ),
+    (read_on_the_host, TypeError, r"Expected the rule of Own to read no number on the host .*torch.where"),
     (direction_is_a_number, TypeError, "Expected Polar to be asked for elements"),
     (read_after_a_write, RuntimeError, "Expected elements to be used before x.u is written"),
     (momentum_after_it_moved, RuntimeError, "Expected elements to be used before x.momentum is written"),
@@ -526,6 +543,15 @@ def test_a_mistake_is_told_before_anything_is_changed(rule: Any, error: type[Exc
         optimizer.step()
     assert torch.equal(p, before)
     assert not any(value.any() for value in optimizer.state[p].values())
+
+
+def test_what_torch_and_lightning_read_must_be_given() -> None:
+    class Bare(OrthogonalizedOptimizer):
+        def __init__(self, params: Any, lr: float = 0.1) -> None:
+            super().__init__(params, {"lr": lr})
+
+    with pytest.raises(ValueError, match=r"Bare: expected super\(\).__init__ to be given momentum, weight_decay, too"):
+        Bare([nn.Parameter(randn(6, 4))])
 
 
 def test_an_optimizer_without_a_rule_is_told_to_have_one() -> None:
