@@ -114,7 +114,8 @@ def recipe_optimizer(module: nn.Module, callback: OptimizerCallback) -> Orthogon
     )
     if not isinstance(optimizer, OrthogonalizedOptimizer):
         raise ValueError(
-            f"Expected a subclass of OrthogonalizedOptimizer, as NAMO, whose work is shared out. Got {type(optimizer).__name__}."
+            f"Expected a subclass of OrthogonalizedOptimizer, as NAMO, whose work is shared out. Got "
+            f"{type(optimizer).__name__}."
         )
     return optimizer
 

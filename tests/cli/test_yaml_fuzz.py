@@ -322,7 +322,7 @@ WRONG_SECTIONS: list[tuple[str, str]] = [  # a section, and a part of what is sa
     ("adopt_state: null", "--optim.adopt_state to have a value"),
     (
         "{adopt_state: true, optimizer: torch.optim.AdamW}",
-        "adopt_state=True with a subclass of OrthogonalizedOptimizer",
+        "adopt_state=True with a subclass",
     ),
     *(
         (f"blocks: {{qkv.weight: {blocks}}}", "blocks")
