@@ -41,19 +41,52 @@ Runs = dict[int, list[StackRun]]  # of each bucket, by its number
 
 
 class OrthogonalizedOptimizer(StatefulOptimizer):
-    """Base of the optimizers that orthogonalize momentum; holds the only `step`.
+    """Base of the optimizers that orthogonalize matrices, one's own too; holds the only `step`.
 
-    A subclass is a docstring with its formula, a signature, the kinds of its states, and a rule.
+    A subclass is a docstring with its formula, a signature, the kinds of its states, and a rule: a generator that
+    computes on `Matrices`, and yields `Sum` and `Polar`. It may compute with torch what it likes, from gradients,
+    momentum, weights, states, hyper-parameters and ``x.step``. What it gets for that, without a line of its own:
+
+    - The same numbers on one process and in shards of DDP, FSDP1, FSDP2, HSDP and tensor parallelism, for matrices that
+      are stored transposed, fused (``blocks``) or convolutions, alone or in stacks.
+    - A matrix whose gradient is missing on some ranks, or not finite, keeps weights and states to the bit; the momentum
+      stands in for its gradient, so that nothing else feels it. It is counted in `skipped_steps`.
+    - Checkpoints, copies and pickles with its states, which go on under another strategy; `lightning-namo plan`;
+      hyper-parameters of the engine (``ns_steps``, ``momentum_dtype``, ``adamw_lr``, ...) in its constructor.
+
+    What would break that is refused before the first step changes anything, by an error that says what to write:
+    numbers that meet elements without ``x.spread``; the use of a part of a sum that was not asked for; functions that
+    reduce elements, which are this rank's only; numbers read on the host; elements made before a sum and used after it;
+    what was read and has been written since; states that are not declared. What no such trial can see, `check_rule` of
+    `lightning_namo.testing` does. A rule runs eagerly, also where the step is called in compiled code.
 
     Attributes:
         state: Of the class: the states that the rule keeps beside the momentum, by name: "matrix", "column" or "row"
-            for one number of each, "element" for a tensor like the parameter. (Of an optimizer: its state, as torch's.)
+            for one number of each, "element" for a tensor like the parameter. They start at zero, in float32 (float64
+            for float64 weights). (Of an optimizer: its state, as torch's.)
+        ranges: Of the class: what the hyper-parameters may be that it adds, `lightning_namo.ranges.Range` by name; for
+            constructors, groups, checkpoints and the command line. Those of the base classes are added.
+        fixed: Of the class: hyper-parameters by which its states change their meaning, so that a checkpoint goes on
+            with its own only, and what a checkpoint has that lacks them.
         bucket_bytes: Bound on the bytes of the matrices that a rank assembles at a time; a larger matrix is in a bucket
             of its own. None: 8 MiB on CPUs, elsewhere a 256th of the accelerator's memory. Set it before the first
             step. Above parameters, gradients and state a step on shards needs about 11 times that, and about 17 times
             where the iteration runs in float32 (`iteration_dtype`), with three buckets in flight.
         batched: Whether the sums of all matrices are taken at once, and stacks and buckets are as large as their bound.
             None: on all devices but CPUs, which work on a stack while it is in the cache.
+
+    Example:
+        >>> from lightning_namo.optim import Polar, Sum
+        >>> class Normalized(OrthogonalizedOptimizer):
+        ...     'Muon whose updates have a norm of lr.'
+        ...
+        ...     def __init__(self, params, lr=0.1, momentum=0.95):
+        ...         super().__init__(params, {"lr": lr, "momentum": momentum, "nesterov": True, "weight_decay": 0.0})
+        ...
+        ...     def rule(self, x, h):
+        ...         O = yield Polar(x.advance(h))
+        ...         (O_sq,) = yield Sum(x.square_sum(O))
+        ...         x.apply(O, step_size=h.lr / (O_sq.sqrt() + 1e-8))
     """
 
     bucket_bytes: int | None = None

@@ -1,10 +1,9 @@
-"""The rule of the examples: after its paper, by every way to an optimizer, and on two processes."""
+"""The rules of the examples: after their papers, by every way to an optimizer, and on two processes."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,38 +11,47 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_namo import OptimizerCallback, build_optimizer, optimize_with
+from lightning_namo.testing import check_rule
+from tests import reference
 from tests.helpers.forked import run_python
 from tests.helpers.optimizers import randn
 from tests.helpers.paths import ROOT
-from tests.reference import polar
+from tests.helpers.rules import MuonH, NorMuon
 
 EXAMPLES = ROOT / "examples"
+EXAMPLE_RULES = {"own_rule": NorMuon, "hyperball": MuonH}
+of_both = pytest.mark.parametrize(("file", "cls"), EXAMPLE_RULES.items())
 
 
-def normuon() -> Any:
-    spec = importlib.util.spec_from_file_location("own_rule", EXAMPLES / "own_rule.py")
-    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-    sys.modules["own_rule"] = module
-    spec.loader.exec_module(module)  # type: ignore[union-attr]
-    return module.NorMuon
+@of_both
+def test_it_is_a_file_of_at_most_40_lines(file: str, cls: Any) -> None:
+    assert len((EXAMPLES / f"{file}.py").read_text(encoding="utf-8").splitlines()) <= 40
 
 
-def test_it_is_the_rule_of_the_paper() -> None:
-    p = nn.Parameter(randn(6, 4, dtype=torch.float64))
-    optimizer = normuon()([p], lr=0.1, orthogonalizer="svd")
-    W, M, v = p.detach().clone(), torch.zeros(6, 4).double(), torch.zeros(6, 1).double()
-    for step in range(4):
-        p.grad = G = randn(6, 4, seed=step + 1, dtype=torch.float64)
+def box(W: Tensor, gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+    yield from reference.normuon(W, gradients, eta=1e-3)
+
+
+def sphere(W: Tensor, gradients: Iterable[Tensor]) -> Iterator[Tensor]:
+    yield from reference.muon_hyperball(W, gradients, eta=0.01)
+
+
+@pytest.mark.parametrize(("cls", "paper"), [(NorMuon, box), (MuonH, sphere)])
+def test_it_is_the_rule_of_its_paper(cls: Any, paper: Any) -> None:
+    check_rule(partial(cls, orthogonalizer="svd"), paper, rtol=1e-9)
+
+
+def test_hyperball_holds_the_norms_of_weight_and_update() -> None:
+    p = nn.Parameter(randn(6, 4))
+    optimizer, radius = MuonH([p], lr=0.1), p.norm()
+    for step in range(5):
+        p.grad, before = randn(6, 4, seed=step + 1), p.detach().clone()
         optimizer.step()
-        M = 0.95 * M + 0.05 * G
-        O = polar(0.95 * M + 0.05 * G)
-        v = 0.95 * v + 0.05 * O.square().mean(dim=1, keepdim=True)
-        U = O / (v.sqrt() + 1e-8)
-        W = W * (1 - 0.01) - 0.1 * 0.2 * 24**0.5 / U.norm() * U
-    torch.testing.assert_close(p.detach(), W, rtol=1e-7, atol=1e-7)
+        torch.testing.assert_close(p.norm(), radius)
+        torch.testing.assert_close((p - before).norm(), 0.1 * radius, rtol=0.2, atol=0)  # and back to the sphere
 
 
 class Regression(pl.LightningModule):
@@ -69,13 +77,12 @@ def fit(module: pl.LightningModule, **options: Any) -> list[torch.Tensor]:
         **options,
     )
     trainer.fit(module)
-    assert type(trainer.optimizers[0]).__name__ == "NorMuon"
+    assert type(trainer.optimizers[0]) in (NorMuon, MuonH)
     return [p.detach().clone() for p in module.parameters()]
 
 
-def test_one_line_a_callback_and_plain_pytorch_train_with_it_alike() -> None:
-    cls = normuon()
-
+@of_both
+def test_one_line_a_callback_and_plain_pytorch_train_with_it_alike(file: str, cls: Any) -> None:
     class Own(Regression):
         configure_optimizers = optimize_with(cls, lr=0.02)
 
@@ -97,11 +104,14 @@ def test_one_line_a_callback_and_plain_pytorch_train_with_it_alike() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_trains_with_it_on_one_process_and_sharded_over_two(data: Path, tmp_path: Path) -> None:
+@of_both
+def test_the_command_line_trains_with_it_on_one_process_and_sharded_over_two(
+    file: str, cls: Any, data: Path, tmp_path: Path
+) -> None:
     losses = []
     for layer in ([], ["--config", str(ROOT / "configs" / "strategy" / "fsdp2.yaml"), "--trainer.devices", "2"]):
         command = ["-m", "lightning_namo", "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *layer]
-        command += ["--optim.optimizer", "own_rule.NorMuon", "--optim.optimizer.orthogonalizer", "svd"]
+        command += ["--optim.optimizer", f"{file}.{cls.__name__}", "--optim.optimizer.orthogonalizer", "svd"]
         batch = "8" if layer else "16"
         command += ["--trainer.max_steps", "4", "--data.batch_size", batch, "--trainer.limit_val_batches", "2"]
         folder = tmp_path / str(len(losses))

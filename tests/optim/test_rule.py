@@ -545,6 +545,27 @@ def test_a_mistake_is_told_before_anything_is_changed(rule: Any, error: type[Exc
     assert not any(value.any() for value in optimizer.state[p].values())
 
 
+def test_a_rule_may_yield_from_another_also_where_compiled_code_calls_the_step() -> None:
+    def moved(x: Any, h: Any) -> Any:
+        (squares,) = yield Sum(x.square_sum(x.grad))
+        return (yield Polar(x.advance(h))), squares
+
+    def rule(self: Any, x: Any, h: Any) -> Any:
+        O, squares = yield from moved(x, h)
+        x.apply(O, h.lr / (1 + squares))
+
+    trained = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, backend="eager")):
+        p = nn.Parameter(W.clone())
+        step = wrap(optimizer_of(rule)([p]).step)
+        for _ in range(3):
+            p.grad = G.clone()
+            step()
+        trained.append(p.detach())
+    assert torch.equal(*trained)
+    assert not torch.equal(trained[0], W)
+
+
 def test_what_torch_and_lightning_read_must_be_given() -> None:
     class Bare(OrthogonalizedOptimizer):
         def __init__(self, params: Any, lr: float = 0.1) -> None:
