@@ -19,6 +19,13 @@ class Range(NamedTuple):
     accepts: Callable[[Any], bool]
     expected: str
 
+    def has(self, value: Any) -> bool:
+        """Whether a value is right; one that cannot be compared is not."""
+        try:
+            return self.accepts(value)
+        except TypeError:
+            return False
+
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite real number; True and False are none."""
@@ -69,4 +76,4 @@ def check_ranges(arguments: Mapping[str, Any], where: str, ranges: Mapping[str, 
     """
     for key, value in arguments.items():
         if key in ranges:
-            check(ranges[key].accepts(value), where, key, ranges[key].expected, repr(value))
+            check(ranges[key].has(value), where, key, ranges[key].expected, repr(value))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ def read(
     groups: Sequence[dict[str, Any]],
     cls: str,
     fixed: Mapping[str, Any],
+    name_algorithm: Callable[[dict[str, Any]], None],
 ) -> Saved:
     """Bring a state dict into the order of the optimizer, by names where it has them.
 
@@ -36,6 +37,7 @@ def read(
         groups: The optimizer's groups.
         cls: Name of the optimizer's class.
         fixed: Keys of matrix groups by which the states change their meaning, and what absence means.
+        name_algorithm: Says in a group what a checkpoint would say of its algorithm.
 
     Raises:
         ValueError: If it is of other parameters or of another routing; the message names what differs.
@@ -56,7 +58,8 @@ def read(
         check_names(names, parameters)
         ids = [names[clean_name(parameter.name)][1] for parameter in parameters]
         ordered = _matching_groups(theirs, names, parameters, groups)
-    for group, own in zip(ordered, groups, strict=True):
+    for group, own in zip(ordered, [dict(own) for own in groups], strict=True):
+        name_algorithm(own)
         _check_structure(group, own, cls, fixed)
     return Saved(ordered, [state_dict["state"].get(i, {}) for i in ids])
 
@@ -115,10 +118,10 @@ def _matching_groups(
 
 def _check_structure(saved: Mapping[str, Any], own: Mapping[str, Any], cls: str, fixed: Mapping[str, Any]) -> None:
     """Compare the keys that say what is done with a group; a group of unknown origin has none."""
-    for key, absent in {**STRUCTURE, **fixed}.items():
-        known = key in own and (key in saved or key in fixed)
-        if known and saved.get(key, absent) != own[key] and own["params"]:
-            what = f"of {cls}" if key == "algorithm" else f"with {key}={own[key]} in group {own['name']!r}"
+    for key, absent in {**fixed, **STRUCTURE}.items():
+        known = key in fixed or (key in own and key in saved)
+        if known and saved.get(key, absent) != own.get(key, absent) and own["params"]:
+            what = f"of {cls}" if key == "algorithm" else f"with {key}={own.get(key, absent)} in group {own['name']!r}"
             found = f"{key}={saved.get(key, absent)!r}"
             raise ValueError(
                 f"Expected a checkpoint {what}, but it has {found}. Train on with what it was trained with, "

@@ -15,7 +15,7 @@ from lightning_namo.checkpoint.reading import check_names, first_few, saved_name
 from lightning_namo.routing.names import clean_name
 from lightning_namo.sharding.local import local_tensor
 
-OWN_MOMENTUM = "own_momentum"  # key of saved groups whose momentum is no average of gradients
+OWN_MOMENTUM = "momentum of its own"  # ends the algorithm of saved groups whose momentum is no average of gradients
 BiasCorrection: TypeAlias = Callable[[float, Tensor], Tensor]  # from decay and number of steps
 
 
@@ -103,7 +103,7 @@ def _momentum(
 ) -> Tensor | None:
     """The momentum of a matrix, free of its start at zero where the step and the decay are known."""
     momentum = saved.get("exp_avg", saved.get("momentum_buffer"))
-    if not isinstance(momentum, Tensor) or group.get(OWN_MOMENTUM):
+    if not isinstance(momentum, Tensor) or str(group.get("algorithm")).endswith(OWN_MOMENTUM):
         return None
     dtype = torch.promote_types(parameter.tensor.dtype, parameter.state["momentum_buffer"].dtype)
     taken = _taken(momentum, parameter, "momentum_buffer", dtype)

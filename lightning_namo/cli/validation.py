@@ -125,7 +125,7 @@ def _out_of_range(section: Namespace) -> Iterator[tuple[str, Any, str]]:
     cls = pydoc.locate(section.class_path)
     if isinstance(cls, type) and issubclass(cls, OrthogonalizedOptimizer):
         for option, value in (section.get("init_args") or {}).items():
-            if option in cls.ranges and not cls.ranges[option].accepts(value):
+            if option in cls.ranges and value is not None and not cls.ranges[option].has(value):
                 yield option, value, cls.ranges[option].expected
 
 

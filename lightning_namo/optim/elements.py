@@ -21,6 +21,7 @@ _ONLY_A_PART = (
 
 
 _KEEP_FINITE = {"abs", "neg", "sign"}  # functions by which what is finite stays so
+_OF_A_TENSOR = {"T", "mT", "H", "mH", "data", "dim", "ndim", "nelement", "numel", "reshape", "shape", "size", "view"}
 
 
 class Holder(Protocol):
@@ -139,7 +140,13 @@ class Elements:
                 found.append(value._x)
                 is_finite.append(value.is_finite)
                 stacked = value.stacked()
-                if writes and not value.is_own:  # the memory of the engine, of a state or of a gradient
+                if writes and len(found) == 1 and (value._of or value.is_gradient):
+                    raise TypeError(
+                        f"Expected {func.__name__} to write elements of the rule's own, but got {value._name()}. "
+                        "Assign what is made of a state (x.u = x.u.mul(0.9)); x.advance moves the momentum, x.apply "
+                        "the weight."
+                    )
+                if writes and not value.is_own:  # the memory of the engine
                     stacked = stacked.clone()
                 elif not value.is_own:
                     of_others.add(stacked.untyped_storage()._cdata)
@@ -169,8 +176,22 @@ class Elements:
     def __bool__(self) -> bool:
         raise TypeError("Expected a decision that all ranks take alike, but elements are this rank's only, and many.")
 
+    def _name(self) -> str:
+        """What they are, if that is not the rule's own."""
+        return "x.grad" if self.is_gradient else f"x.{self._of}"
+
+    def __matmul__(self, other: object) -> None:
+        raise TypeError("Expected no product of matrices of elements: a rank has a part of them. O = yield Polar(...).")
+
+    __rmatmul__ = __matmul__
+
     def __getattr__(self, name: str) -> Any:
         attribute = getattr(Tensor, name)  # an AttributeError as a tensor's
+        if name in _OF_A_TENSOR:
+            raise TypeError(
+                f"Expected no {name} of elements: they are this rank's part of the matrices, laid out as it is stored. "
+                "The shape of each whole matrix is x.shape; numbers of rows and columns meet elements by x.spread."
+            )
         if not callable(attribute):
             return getattr(self.stacked(), name)
         return lambda *args, **kwargs: Elements.__torch_function__(attribute, (), (self, *args), kwargs)
@@ -208,7 +229,7 @@ class LookAhead(Elements):
 def kind_of(value: object) -> str:
     """What a value is, for messages."""
     if isinstance(value, Elements):
-        return "elements"
+        return f"{value._name()}, elements" if value._of or value.is_gradient else "elements"
     if isinstance(value, Part):
         return "a part of a sum, which was not asked for"
     if isinstance(value, Tensor):

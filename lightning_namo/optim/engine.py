@@ -102,6 +102,11 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         """One step of the matrices x, with the hyper-parameters h of their group: a generator, see `optim.rule`."""
         raise TypeError(f"Expected {type(self).__name__} to have a rule: def rule(self, x, h), a generator method.")
 
+    def _ruled(self, x: Matrices, h: HyperParameters) -> Rule:
+        """The rule, with hyper-parameters that groups leave out."""
+        vars(h).update({key: absent for key, absent in self.fixed.items() if key not in vars(h)})
+        return self.rule(x, h)
+
     @torch.compiler.disable(reason="lightning_namo's step runs eagerly")  # type: ignore[untyped-decorator, no-untyped-call]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -167,11 +172,11 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     def _has_own_momentum(self, group: dict[str, Any]) -> bool:
         layout = Layout((2, 3), Rectangle(0, 2, 0, 3), transposed=False, blocks=(2,))
         some = MatrixParameter("some matrix", torch.empty(layout.shape, device="meta"), group, layout)
-        return requests_of(self.rule, self._kinds, some).own_momentum
+        return requests_of(self._ruled, self._kinds, some).own_momentum
 
     def scratch(self, parameter: MatrixParameter, count: int) -> Scratch:
         """What memory the rule takes for a stack of so many matrices like one."""
-        return scratch_of(self.rule, self._kinds, parameter, count, parameter.tensor.device.type == "cpu")
+        return scratch_of(self._ruled, self._kinds, parameter, count, parameter.tensor.device.type == "cpu")
 
     # ------------------------------------------------------------------ preparation
 
@@ -196,7 +201,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             self._requests = {}
             for p in parameters:
                 if (key := (id(p.group), p.layout.shape)) not in self._requests:
-                    self._requests[key] = requests_of(self.rule, self._kinds, p)
+                    self._requests[key] = requests_of(self._ruled, self._kinds, p)
             device = parameters[0].tensor.device
             iteration_dtype(device.type)  # a wrong environment variable is refused before ranks wait for one another
             numbers = {id(group): number for number, group in enumerate(self.param_groups)}
@@ -306,6 +311,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         """The rules of all stacks, to be answered together; or those of one stack after the other, on one CPU."""
         _, buckets, exchange = self._prepared or self._prepare()
         together: Runs = {}
+        rule = self._ruled if self.fixed else self.rule
         for number, stacks in enumerate(buckets):
             runs = []
             for stack in stacks:
@@ -313,7 +319,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 for first, end in [(0, len(grads))] if exchange.distributed else _present(grads):
                     part = stack if end - first == len(grads) else stack.part(first, end)
                     requests = self.requests(stack.parameters[0])
-                    runs.append(StackRun(part, self.rule, requests, grads[first:end], exchange.workspace))
+                    runs.append(StackRun(part, rule, requests, grads[first:end], exchange.workspace))
             if exchange.distributed or exchange.batched:
                 together[number] = runs
             elif runs:
@@ -491,7 +497,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
                 stack = self._stack([index], parameters, exchange, {parameter.tensor: state})
                 stack.tolerance = None
-                runs.append(StackRun(stack, self.rule, requests, [gradient], exchange.workspace))
+                runs.append(StackRun(stack, self._ruled, requests, [gradient], exchange.workspace))
         with exchange.workspace.frame():
             self._leading_sums({0: runs}, [])
         for run in runs:

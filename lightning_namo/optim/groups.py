@@ -19,7 +19,7 @@ from lightning_namo.optim.adamw import check_memory
 from lightning_namo.optim.ranges import ADAMW_KEYS, RANGES, MomentumDtype, check_keys, unknown_keys
 from lightning_namo.polar.coefficients import Coefficients, newton_schulz_polynomials
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.ranges import UNIT, Range, check_ranges
+from lightning_namo.ranges import UNIT, Range, check, check_ranges
 from lightning_namo.routing.names import parameter_label
 from lightning_namo.routing.split import ParameterGroups
 from lightning_namo.sharding.discovery import region_of
@@ -39,6 +39,9 @@ ENGINE_KEYS: Mapping[str, tuple[Any, Any]] = {  # type and default of what a rul
     "adamw_eps": (float, 1e-8),
     "adamw_weight_decay": (float, 0.0),
 }
+# What a constructor that does not mention them is given where nobody gives any: command lines pass defaults on, and the
+# class's own value is to stand then. None of shape_scale is a value, s = 1.
+_NOT_GIVEN: Mapping[str, Any] = {**dict.fromkeys(ENGINE_KEYS), "shape_scale": ENGINE_KEYS["shape_scale"][1]}
 
 
 class GroupedOptimizer(Optimizer):
@@ -53,6 +56,8 @@ class GroupedOptimizer(Optimizer):
 
     Attributes:
         ranges: Of the class: what the hyper-parameters may be that it adds to those that all rules know.
+        fixed: Of the class: hyper-parameters by which its states change their meaning, and what a group means that
+            lacks them; see `StatefulOptimizer`.
         adamw_follows: Whether the learning rate of AdamW groups is that of the matrices, for want of another.
 
     Args:
@@ -66,6 +71,7 @@ class GroupedOptimizer(Optimizer):
     """
 
     ranges: ClassVar[Mapping[str, Range]] = RANGES
+    fixed: ClassVar[Mapping[str, Any]] = {}
     adamw_follows: bool = False
     _warned: bool = False
     _engine_keys: Mapping[str, Any] = {}  # given to the constructor of a class that has others
@@ -73,8 +79,12 @@ class GroupedOptimizer(Optimizer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Add the ranges of the base classes to its own, and the engine's keys to the constructor's signature."""
         super().__init_subclass__(**kwargs)
-        cls.ranges = {key: of for base in reversed(cls.__mro__) for key, of in vars(base).get("ranges", {}).items()}
-        if "__init__" in vars(cls):
+        bases = list(reversed(cls.__mro__))
+        cls.ranges = {key: of for base in bases for key, of in vars(base).get("ranges", {}).items()}
+        cls.fixed = {key: of for base in bases for key, of in vars(base).get("fixed", {}).items()}
+        for key, of in cls.ranges.items():
+            check(isinstance(of, Range), cls.__name__, f"ranges[{key!r}]", "a lightning_namo.ranges.Range", repr(of))
+        if cls.__init__ is not GroupedOptimizer.__init__ and not hasattr(cls.__init__, "takes_engine_keys"):
             cls.__init__ = _with_engine_keys(cls.__init__)  # type: ignore[method-assign]
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
@@ -152,6 +162,9 @@ class GroupedOptimizer(Optimizer):
             self._validate(group)
         else:
             group = _adamw_group(group)
+        for key, absent in self.fixed.items():
+            if is_matrix and group[key] == absent:
+                del group[key]  # as checkpoints of before have none
         if isinstance(group.get("blocks"), tuple):
             group["blocks"] = list(group["blocks"])  # as checkpoints have it
         if "lr" not in param_group:
@@ -272,22 +285,26 @@ def _with_engine_keys(init: Callable[..., None]) -> Callable[..., None]:
     """A constructor that takes the hyper-parameters of the engine, too, for a class that does not mention them."""
     signature = inspect.signature(init)
     parameters = list(signature.parameters.values())
-    lacking = {key: value for key, value in ENGINE_KEYS.items() if key not in signature.parameters}
-    if not lacking or any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return init
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    lacking = {} if takes_all else {key: of for key, of in ENGINE_KEYS.items() if key not in signature.parameters}
 
     @functools.wraps(init)
     def with_engine_keys(self: GroupedOptimizer, *args: Any, **kwargs: Any) -> None:
         given = {key: kwargs.pop(key) for key in lacking if key in kwargs}
-        self._engine_keys = {**self._engine_keys, **given}
-        init(self, *args, **kwargs)
+        given = {key: value for key, value in given.items() if value != _NOT_GIVEN[key]}
+        self._engine_keys = {**given, **self._engine_keys}
+        mentioned = self._engine_keys.keys() & signature.parameters.keys()  # of a subclass that does not
+        mentioned -= signature.bind_partial(self, *args, **kwargs).arguments.keys()
+        init(self, *args, **kwargs, **{key: self._engine_keys[key] for key in mentioned})
 
     added = [
-        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for key, (kind, default) in lacking.items()
+        inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=_NOT_GIVEN[key], annotation=kind | None)
+        for key, (kind, _) in lacking.items()
     ]
-    with_engine_keys.__signature__ = signature.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
-    with_engine_keys.__annotations__ = {**init.__annotations__, **{key: kind for key, (kind, _) in lacking.items()}}
+    if lacking:
+        with_engine_keys.__signature__ = signature.replace(parameters=[*parameters, *added])  # type: ignore[attr-defined]
+    with_engine_keys.__annotations__ = {**init.__annotations__, **{p.name: p.annotation for p in added}}
+    with_engine_keys.takes_engine_keys = True  # type: ignore[attr-defined]
     return with_engine_keys
 
 

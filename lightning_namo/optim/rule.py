@@ -259,11 +259,16 @@ class Matrices:
 
     def _kind(self, name: str) -> Any:
         kinds = self._stack.kinds
+        if name in ("grad", "momentum", "weight"):
+            raise AttributeError(
+                f"Expected x.{name} to be read only: x.apply(direction, step_size, decay) writes weights, x.advance(h) "
+                "moves the momentum."
+            )
         if name not in kinds:
             raise AttributeError(
                 f"Expected one of the states that the rule's class declares ({', '.join(kinds) or 'none'}) or what "
                 f'Matrices has, but got x.{name}. Declare it: state = {{"{name}": "element"}}, or "matrix", "column", '
-                '"row".'
+                f'"row". (A hyper-parameter is h.{name}.)'
             )
         return kinds[name]
 
@@ -352,9 +357,13 @@ class Matrices:
             K, device = len(stack_.parameters) * len(self._blocks), stack_.state["step"].device
             return Part(torch.zeros(K, *shape, dtype=dtype, device=device), elements.is_gradient)
         if kind == "matrix" and len(stack_.layout.blocks) == 1 and not self._on_cpu:
-            norms = torch._foreach_norm(elements.tensors(), dtype=dtype)
+            tensors = elements.tensors()
+            if tensors[0].dtype == torch.bool:
+                tensors = [tensor.to(dtype) for tensor in tensors]
+            norms = torch._foreach_norm(tensors, dtype=dtype)
             return Part(torch.stack(norms).square_().view(-1, 1, 1), elements.is_gradient)
         stacked = elements.stacked()
+        stacked = stacked.to(dtype) if stacked.dtype == torch.bool else stacked
         with self._workspace.frame():
             parts = stack_.layout.sums_of_squares(stacked, kind, dtype, self._workspace)
         return Part(self._together([parts[b] for b in self._blocks]), elements.is_gradient)

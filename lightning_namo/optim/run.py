@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_namo.optim.elements import Elements
+from lightning_namo.optim.elements import kind_of as what
 from lightning_namo.optim.formulas import HyperParameters
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.optim.stack import MatrixStack
@@ -182,7 +183,7 @@ class StackRun:
         self.leading_left -= 1
         for asked in self._asked:
             assert isinstance(asked, Sum)
-            self._answers.append(tuple(next(left) for _ in asked.parts))
+            self._answers.append(Answers(next(left) for _ in asked.parts))
 
     def go_on(self) -> None:
         """Let the rule go on with its answers."""
@@ -259,6 +260,15 @@ class StackRun:
             state["skipped"] += self._skipped
 
 
+class Answers(tuple[Tensor, ...]):
+    """The sums that a rule asked for."""
+
+    __slots__ = ()
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"Expected the answers to Sum to be unpacked before .{name}: (total,) = yield Sum(part).")
+
+
 def hyper_parameters(group: dict[str, Any]) -> HyperParameters:
     """A group's hyper-parameters as a rule sees them: rates that are tensors have no dimension."""
     plain = {key: value.reshape(()) if isinstance(value, Tensor) else value for key, value in group.items()}
@@ -272,5 +282,5 @@ def kind_of(asked: object) -> str:
         TypeError: If that is neither a sum nor a polar factor.
     """
     if not isinstance(asked, Sum | Polar):
-        raise TypeError(f"Expected a rule to yield Sum(...) or Polar(...) but it yielded {asked!r}.")
+        raise TypeError(f"Expected a rule to yield Sum(...) or Polar(...) but it yielded {what(asked)}.")
     return "sum" if isinstance(asked, Sum) else "polar"

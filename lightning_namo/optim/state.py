@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +62,6 @@ class StatefulOptimizer(GroupedOptimizer):
                 not taken, cls.__name__, "the name of a state", "one that x and AdamW's state do not have", repr(name)
             )
 
-    fixed: ClassVar[Mapping[str, Any]] = {}
     adopt_state: bool = False
     has_adopted: bool = False
     _adamw_skipped: Tensor | None = None
@@ -136,12 +135,18 @@ class StatefulOptimizer(GroupedOptimizer):
         finally:
             self.state = own
         for group in state_dict.get("param_groups", ()):
-            if group["orthogonalize"] and self._has_own_momentum(group):
-                group[OWN_MOMENTUM] = True
-            for key, absent in self.fixed.items():
-                if group.get(key) == absent:  # torch.distributed.checkpoint wants no key that was not saved
-                    del group[key]
+            self._name_algorithm(group)
         return state_dict
+
+    def _name_algorithm(self, group: dict[str, Any]) -> None:
+        """Say in a group to be saved what its states mean.
+
+        In a key that every group has, since torch.distributed.checkpoint reads no others of a checkpoint.
+        """
+        if group["orthogonalize"]:
+            words = [f"{key}={group[key]!r}" for key, absent in self.fixed.items() if group.get(key, absent) != absent]
+            words += [OWN_MOMENTUM] * self._has_own_momentum(group)
+            group["algorithm"] = ", ".join([type(self).__name__, *words])
 
     def _has_own_momentum(self, group: dict[str, Any]) -> bool:
         """Whether the momentum of a group of matrices is an average of something else than gradients."""
@@ -205,7 +210,7 @@ class StatefulOptimizer(GroupedOptimizer):
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Groups and states of this optimizer's own kind, checked."""
         cls = type(self).__name__
-        saved = read(state_dict, parameters, self.param_groups, cls, self.fixed)
+        saved = read(state_dict, parameters, self.param_groups, cls, self.fixed, self._name_algorithm)
         states = [plain_form(state, parameter) for state, parameter in zip(saved.states, parameters, strict=True)]
         if holds_fsdp1(self._module()):
             fill_empty(states, parameters)
@@ -214,8 +219,9 @@ class StatefulOptimizer(GroupedOptimizer):
         for theirs, own in zip(saved.groups, self.param_groups, strict=True):
             self._check_group(theirs, own)
             structure = {key: own[key] for key in ("name", *STRUCTURE, *self._added) if key in own}
-            plain = {key: plain_value(value) for key, value in theirs.items() if key != OWN_MOMENTUM}
-            groups.append({**structure, **plain})
+            plain = {key: plain_value(value) for key, value in theirs.items()}
+            named = {"algorithm": own["algorithm"]} if "algorithm" in own else {}
+            groups.append({**structure, **plain, **named})
         return groups, laid_out(states, parameters)
 
     def _check_group(self, saved: dict[str, Any], own: dict[str, Any]) -> None:
@@ -250,7 +256,7 @@ class StatefulOptimizer(GroupedOptimizer):
         self._prepared = None
         for group in self.param_groups:
             if group.setdefault("orthogonalize", True):
-                group.update({key: value for key, value in self._added.items() if key not in group})
+                group.update({key: value for key, value in ADDED_KEYS.items() if key not in group})
         own = self.__dict__
         if "_number" not in own:
             self._number = next(NUMBERS)

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_namo.optim.elements import Elements
 from lightning_namo.optim.formulas import HyperParameters
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
-from lightning_namo.optim.run import Requests, hyper_parameters, kind_of
+from lightning_namo.optim.run import Answers, Requests, hyper_parameters, kind_of
 from lightning_namo.optim.stack import MatrixParameter, MatrixStack, StateKind, momentum_dtype, statistics_dtype
 from lightning_namo.sharding.local import local_tensor
 from lightning_namo.workspace import Workspace
@@ -130,6 +130,11 @@ class _Trial:
             except StopIteration:
                 request = None
             except (NotImplementedError, RuntimeError) as error:
+                if "device meta" in str(error):
+                    raise TypeError(
+                        f"Expected the rule of {self.name} to make tensors on the device of the matrices: "
+                        f"device=x.step.device. ({error})"
+                    ) from error
                 if "meta tensor" not in str(error):
                     raise
                 raise TypeError(
@@ -160,7 +165,7 @@ class _Trial:
         if len(self.asked) == 1:
             self.sums_first = not x._written and any(part.of_gradient for part in request.parts)
         self.sums.append(sum(part.tensor.numel() for part in request.parts))
-        return tuple(part.tensor for part in request.parts)
+        return Answers(part.tensor for part in request.parts)
 
 
 class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -72,7 +72,7 @@ class SimulatedRanks:
             stack = MatrixStack(members, optimizer._kinds, True, 0, holders.to(dtype), None)
             stack.bind(optimizer.state)
             self.stacks.append(stack)
-        self.requests = requests_of(optimizer.rule, optimizer._kinds, self.stacks[0].parameters[0])
+        self.requests = requests_of(optimizer._ruled, optimizer._kinds, self.stacks[0].parameters[0])
 
     @torch.no_grad()
     def step(self, grads: Sequence[Tensor | None], absent: tuple[int, int] | None = None) -> None:
@@ -89,7 +89,7 @@ class SimulatedRanks:
                 None if grad is None or (rank, i) == absent else region.of(grad).reshape(shape)
                 for i, grad in enumerate(grads)
             ]
-            runs.append(StackRun(stack, self.optimizer.rule, self.requests, of_rank, Workspace()))
+            runs.append(StackRun(stack, self.optimizer._ruled, self.requests, of_rank, Workspace()))
         self._each(runs, [run.gradient_parts() for run in runs], StackRun.decide, self.requests.sums_first)
         while runs[0].leading_left:
             for run in runs:

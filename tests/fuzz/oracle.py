@@ -145,9 +145,9 @@ class Matrix:
         uw, um = unit(units.weight), unit(units.momentum)
         W = self.W
         self.G, self.t = G, self.t + 1
-        size = self.M.abs() + G.abs()
+        size, averaged = self.M.abs() + G.abs(), self.M.abs() + (1 - mu) * G.abs()
         uc = unit(torch.promote_types(units.weight, units.momentum))
-        fresh = mu * self.eM + (1 - mu) * eG + 4 * uc * size + (size > 0) * least(units.weight)
+        fresh = mu * self.eM + (1 - mu) * eG + 4 * uc * averaged + (size > 0) * least(units.weight)
         self.M = mu * self.M + (1 - mu) * G
         N = mu * self.M + (1 - mu) * G if nesterov else self.M
         eN = (mu * fresh + (1 - mu) * eG if nesterov else fresh) + 4 * uc * size
@@ -383,7 +383,7 @@ class OfAdamW:
         self.optimizer.step()
         m, v, t = self.state("exp_avg"), self.state("exp_avg_sq"), float(self.state("step"))
         self.em = beta1 * self.em + (1 - beta1) * eG + 4 * um * size + (size > 0) * tiny
-        self.ev = beta2 * self.ev + (1 - beta2) * square_interval(G, eG) + 6 * um * (v + self.ev) + (size > 0) * tiny
+        self.ev = beta2 * self.ev + (1 - beta2) * square_interval(G, eG) + 3 * um * (v + self.ev) + (size > 0) * tiny
         scale, lr, decay = 1 - beta2**t, self.group["lr"], self.group["weight_decay"]
         kept = abs(1 - lr * decay) * self.eW
         low, high = quotient(m, self.em, v / scale, self.ev / scale, self.group["eps"], u)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -335,3 +336,65 @@ def test_the_engines_keys_are_taken_by_constructors_that_do_not_mention_them(cls
         Own([matrix_group()], ns_step=3)
     again = Own([matrix_group(), adamw_group()])
     assert again.param_groups[0]["ns_steps"] == 5, "keys are one optimizer's"
+
+
+class Fixed(OrthogonalizedOptimizer):
+    """Sets some of the engine's keys itself."""
+
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        keys = {"lr": lr, "weight_decay": 0.0, "momentum": 0.9, "ns_steps": 10, "momentum_dtype": "bfloat16"}
+        super().__init__(params, keys)
+
+
+class Mentions(Own):
+    def __init__(self, params: Any, lr: float = 0.1, ns_steps: int = 9) -> None:
+        super().__init__(params, lr, ns_steps=ns_steps)
+        self.seen = ns_steps
+
+
+class Child(Mentions):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr)
+
+
+class Mixed(Mentions):
+    def __init__(self, params: Any, lr: float = 0.1) -> None:
+        super().__init__(params, lr, ns_steps=8)
+
+
+class Mixin:
+    def __init__(self, params: Any, lr: float = 0.3) -> None:
+        super().__init__(params, lr)  # type: ignore[call-arg]
+
+
+class OfBoth(Mixin, Own):
+    pass
+
+
+@pytest.mark.parametrize(("cls", "steps"), [(Fixed, 10), (Mentions, 9), (Child, 9), (Mixed, 8), (OfBoth, 5), (Own, 5)])
+def test_a_class_keeps_its_own_value_of_a_key_that_nobody_gives(cls, steps):
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(OrthogonalizedOptimizer, "optimizer", skip={"params"}, instantiate=False)
+    config = parser.parse_args([f"--optimizer={__name__}.{cls.__name__}"]).optimizer.init_args
+    for arguments in ({}, dict(config)):  # a command line passes on what nobody gave
+        assert cls([parameter(3, 3)], **arguments).param_groups[0]["ns_steps"] == steps
+    given = cls([parameter(3, 3)], ns_steps=5)
+    assert given.param_groups[0]["ns_steps"] == 5
+    assert getattr(given, "seen", 5) == (8 if cls is Mixed else 5)
+
+
+def test_ranges_are_checked_themselves():
+    with refused(r"Bad: expected ranges\['edge'\] to be a lightning_namo.ranges.Range but got \(0, 1\)"):
+
+        class Bad(Own):
+            ranges: ClassVar[dict[str, Any]] = {"edge": (0, 1)}
+
+    with refused("Own: expected sharpness to be in .* but got 'high'"):
+        Own([parameter(3, 3)], sharpness="high")
+
+
+def test_fixed_keys_of_a_class_are_added_to_those_of_its_base():
+    class More(Muon):
+        fixed: ClassVar[dict[str, Any]] = {"mode": "a"}
+
+    assert More.fixed == {"order": "pre", "mode": "a"}

@@ -244,9 +244,7 @@ def in_place_number(self: Any, x: Any, h: Any) -> Any:
 
 def in_place_elements(self: Any, x: Any, h: Any) -> Any:
     O = yield Polar(x.advance(h).sign_())
-    x.u = x.u.mul_(0.5).add_(O.square())
-    x.momentum.mul_(0.5)
-    x.weight.mul_(0.5)
+    x.u = x.u.mul(0.5).add_(O.square())
     x.apply(O.mul_(1.0), h.lr)
 
 
@@ -298,6 +296,22 @@ def test_numbers_of_any_dtype_scale_as_numbers_do(dtype: torch.dtype) -> None:
         x.apply(O, torch.ones_like(x.step).to(dtype), decay=torch.ones_like(x.step).to(dtype))
 
     torch.testing.assert_close(one_step(rule)[0], W - polar(G), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("batched", [None, True])
+def test_the_elements_of_a_mask_are_counted(batched: bool | None) -> None:
+    def rule(self: Any, x: Any, h: Any) -> Any:
+        O = yield Polar(x.grad)
+        (count,) = yield Sum(x.square_sum(O * x.grad > 0))
+        (columns,) = yield Sum(x.column_square_sum(O * x.grad > 0))
+        x.apply(O, count + columns.sum(dim=-1, keepdim=True))
+
+    p = nn.Parameter(W.clone())
+    optimizer = optimizer_of(rule)([p], lr=1.0)
+    optimizer.batched = batched
+    p.grad = G.clone()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), W - 2 * int((polar(G) * G > 0).sum()) * polar(G), rtol=1e-5, atol=1e-5)
 
 
 def test_elements_that_are_not_equal_can_be_told() -> None:
@@ -425,6 +439,10 @@ def elements_for_a_number(self: Any, x: Any, h: Any) -> Any:
     x.v = O
 
 
+def writes_in_place(self: Any, x: Any, h: Any) -> Any:
+    yield Polar(x.momentum.lerp_(x.grad, 0.1))
+
+
 def local_reduction(self: Any, x: Any, h: Any) -> Any:
     O = yield Polar(x.advance(h))
     x.apply(O, h.lr * O.mean())
@@ -512,6 +530,7 @@ MISTAKES = [
     (part_is_added, TypeError, r"Expected a sum to be asked for before it is used \(__radd__\)"),
     (number_meets_elements, TypeError, r"x.spread\(number\)"),
     (elements_for_a_number, TypeError, "Expected x.v to have numbers of matrices, columns or rows but got elements"),
+    (writes_in_place, TypeError, r"Expected lerp_ to write elements of the rule's own, but got x.momentum"),
     (local_reduction, TypeError, "which are this rank's only"),
     (not_declared, AttributeError, r'got x.second. Declare it: state = \{"second": "element"\}'),
     (wrong_shape, ValueError, r"Expected step_size to have numbers \(K, 1, 1\)"),
@@ -631,7 +650,7 @@ def test_memory_of_a_rule_is_that_of_what_it_makes() -> None:
     for cls in (Muon, AdaMuon):
         optimizer = cls([nn.Parameter(torch.zeros(shape))])
         parameter = MatrixParameter("w", torch.zeros(shape), optimizer.param_groups[0], layout)
-        found[cls] = scratch_of(optimizer.rule, cls.state, parameter, 1, on_cpu=True)
+        found[cls] = scratch_of(optimizer._ruled, cls.state, parameter, 1, on_cpu=True)
     assert found[Muon].directing == pytest.approx(4, abs=0.1)
     assert found[Muon].applied == pytest.approx(4, abs=0.1)
     assert found[Muon].held == found[AdaMuon].held == pytest.approx(0, abs=0.1)

@@ -109,6 +109,103 @@ class ConvertsItsRate(Base):
         x.apply(O, h.lr if isinstance(h.lr, float) else 1.0)
 
 
+class FloatOfItsRate(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        x.apply(O, float(h.lr))
+
+
+class RateOfItsDefaults(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        x.apply(O, h.lr, decay=1 - h.lr * h.lr / self.defaults["lr"])
+
+
+class RateOfTheFirstGroup(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        x.apply(O, self.param_groups[0]["lr"])
+
+
+class HighestRate(Base):
+    peak = 0.0
+
+    def rule(self, x: Any, h: Any) -> Any:
+        self.peak = max(self.peak, h.lr)
+        O = yield Polar(x.advance(h))
+        x.apply(O, h.lr, decay=1 - h.lr * h.lr / self.peak)
+
+
+class RateOnSelf(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        self.rate = h.lr
+        O = yield Polar(x.advance(h))
+        x.apply(O, self.rate)
+
+
+class MeanLateOn(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        (squares,) = yield Sum(x.square_sum(x.grad))
+        O = yield Polar(x.advance(h))
+        x.apply(O, torch.where(x.step <= 10, h.lr * x.step / 10, h.lr * squares / squares.mean()))
+
+
+class InPlaceState(Base):
+    state: Any = {"u": "element"}
+
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        x.u.lerp_(O, 0.1)
+        x.apply(x.u, h.lr)
+
+
+class InPlaceNumbers(Base):
+    state: Any = {"v": "row"}
+
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        (squares,) = yield Sum(x.row_square_sum(O))
+        x.v.lerp_(squares, 0.1)
+        x.apply(O, h.lr)
+
+
+class WritesTheWeight(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        x.weight -= h.lr * O
+
+
+class ShapeOfElements(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        m, n = O.shape
+        x.apply(O, h.lr * m / n)
+
+
+class ProductOfElements(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        x.apply(O @ O, h.lr)
+
+
+class AnswersInOne(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        squares = yield Sum(x.square_sum(x.grad))
+        O = yield Polar(x.advance(h))
+        x.apply(O, h.lr / squares.sqrt())
+
+
+class TensorOnTheHost(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        x.apply(O, h.lr * torch.stack([torch.ones(()), x.step.max()]).mean())
+
+
+class YieldsElements(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        yield x.advance(h)
+
+
 class RemembersTheGradient(Base):
     """Keeps elements of one step for the next in a variable."""
 
@@ -160,7 +257,21 @@ MISTAKES = [
     (SpreadsNoNumber, r"fails when it takes steps .*x.spread\(number\)"),
     (DrawsNumbers, "not trained twice alike from the same start.* not on random numbers"),
     (DecidesByNumbers, "fails when it takes steps .*depend on hyper-parameters and shapes alone.*torch.where"),
-    (ConvertsItsRate, "not trained with its learning rate as a tensor as with a float"),
+    (ConvertsItsRate, "not trained with tensors as learning rate and weight decay as with floats"),
+    (FloatOfItsRate, "fails when it takes steps with tensors as learning rate.*no number on the host"),
+    (RateOfItsDefaults, "not trained that went on from its state dict|not trained beside another group"),
+    (RateOfTheFirstGroup, "not trained beside another group as by itself"),
+    (HighestRate, "not trained that went on from its state dict.*not on the optimizer"),
+    (RateOnSelf, "not trained beside another group as by itself.*take turns"),
+    (MeanLateOn, r"not trained beside other matrices .* as alone"),
+    (InPlaceState, r"x.u, elements|got x.u\. Assign"),
+    (InPlaceNumbers, r"x.v is zero after 4 steps.* x.v = ..."),
+    (WritesTheWeight, r"Expected x.weight to be read only: x.apply"),
+    (ShapeOfElements, r"Expected no shape of elements.* is x.shape"),
+    (ProductOfElements, r"Expected no product of matrices of elements"),
+    (AnswersInOne, r"to be unpacked before .sqrt: \(total,\) = yield"),
+    (TensorOnTheHost, r"device=x.step.device"),
+    (YieldsElements, r"yield Sum\(...\) or Polar\(...\) but it yielded elements"),
     (RemembersTheGradient, "not trained "),
     (NeverApplies, r"weights never change. A rule ends with x.apply"),
     (LacksAKey, "fails when it takes steps .*beta2"),
@@ -196,7 +307,14 @@ def test_a_reference_may_be_a_formula_or_an_optimizer() -> None:
         check_rule(RULES["Muon"], muon, rtol=1e-9)
 
 
+class OwnStep(Base):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
 def test_what_is_no_rule_is_refused() -> None:
+    with pytest.raises(TypeError, match="Expected OwnStep to be a rule, and to leave step to the engine"):
+        check_rule(OwnStep)
     for wrong in (torch.optim.AdamW, partial(torch.optim.SGD, lr=0.1), "NAMO"):
         with pytest.raises(TypeError, match="subclass of OrthogonalizedOptimizer"):
             check_rule(wrong)  # type: ignore[arg-type]
