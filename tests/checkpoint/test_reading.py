@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from lightning_namo import NAMO, NAMOD, build_optimizer
+from lightning_namo import NAMO, NAMOD, Muon, build_optimizer
 from tests.helpers.checkpointed import Chain, Model, assert_same_state, build_exact, other_model, step, trained
 from tests.helpers.optimizers import EXACT, OPTIMIZERS, all_optimizers, through_a_file
 from tests.helpers.rules import taken
@@ -112,3 +116,38 @@ def test_what_does_not_fit_is_refused_in_words_and_nothing_is_changed(case):
     with pytest.raises(ValueError, match=f"(?s){message}.*Nothing was loaded"):
         optimizer.load_state_dict(make())
     assert_same_state(optimizer.state_dict(), before)
+
+
+ORDERS = ("pre", "none", "post")
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("own", ORDERS)
+@pytest.mark.parametrize("saved", ORDERS)
+def test_torch_distributed_checkpoint_loads_no_momentum_of_another_unit(saved, own, flat, tmp_path):
+    """It reads the keys that the optimizer has which loads: what states mean must be in one of them."""
+
+    def made(order):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+        return model, build_optimizer(model, Muon, order=order, lr=0.1)
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model, optimizer = made(saved)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    dcp.save({"optimizer": get_state_dict(model, optimizer, options=options)[1]}, checkpoint_id=tmp_path)
+    model, other = made(own)
+    weights, state = get_state_dict(model, other, options=options)
+
+    def load():
+        dcp.load({"optimizer": state}, checkpoint_id=tmp_path)
+        set_state_dict(model, other, model_state_dict=weights, optim_state_dict=state, options=options)
+
+    if saved == own:
+        load()
+        theirs = optimizer.state[optimizer.param_groups[0]["params"][0]]
+        assert_same(other.state[other.param_groups[0]["params"][0]], theirs)
+    else:
+        with pytest.raises((ValueError, CheckpointException), match="order"):
+            load()
