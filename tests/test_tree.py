@@ -24,7 +24,7 @@ FOLDERS = (
     "planning",
     "cli",
 )
-SHARED = {"_moved", "atomic_io", "ranges", "workspace"}
+SHARED = {"_moved", "atomic_io", "arguments", "workspace"}
 LIGHT = FOLDERS[:6]  # know torch only
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
+from lightning_namo.arguments import COUNT, check_ranges, or_none
 from lightning_namo.atomic_io import check_output, replacing
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT
 from lightning_namo.gpt2.load import EMBEDDING, HEAD, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import GPT2
-from lightning_namo.ranges import COUNT, check_ranges, or_none
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Weights of a block that transformers keeps as `(in, out)`, in its Conv1D."""

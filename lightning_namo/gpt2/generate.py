@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_namo.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_ranges, or_none
 from lightning_namo.gpt2.load import GPT2_TOKENS, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import sample
-from lightning_namo.ranges import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_ranges, or_none
 
 SAMPLE_RANGES = {
     "max_new_tokens": COUNT,

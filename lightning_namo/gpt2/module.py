@@ -10,12 +10,12 @@ from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
 from torch.nn import functional
 
+from lightning_namo.arguments import COUNT, check_ranges
 from lightning_namo.gpt2.data.loaders import IGNORED, Batch
 from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
 from lightning_namo.gpt2.model import GPT2, GPT2Config
 from lightning_namo.gpt2.parallel import shard
 from lightning_namo.integration.lightning_clipping import ClipsGradients
-from lightning_namo.ranges import COUNT, check_ranges
 from lightning_namo.sharding.process_group import mean_over_ranks
 
 VOCABULARY_MULTIPLE = 64

@@ -15,8 +15,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import linear
 
+from lightning_namo.arguments import COUNT, check
 from lightning_namo.gpt2.model import GPT2, Block
-from lightning_namo.ranges import COUNT, check
 
 
 class MeshStrategy(ModelParallelStrategy):

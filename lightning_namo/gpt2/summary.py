@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lightning_namo.arguments import POSITIVE, Range, check_ranges, is_whole, or_none
 from lightning_namo.gpt2.data.loaders import Batch
 from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
 from lightning_namo.gpt2.generate import SAMPLE_RANGES
 from lightning_namo.gpt2.model import sample
 from lightning_namo.gpt2.module import GPT2Module
-from lightning_namo.ranges import POSITIVE, Range, check_ranges, is_whole, or_none
 
 
 class TokenThroughput(ThroughputMonitor):

@@ -16,10 +16,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lightning_namo.arguments import is_number
 from lightning_namo.integration.build import Blocks, Globs, check_callable, check_strategy, make_optimizer
 from lightning_namo.optim.groups import GroupedOptimizer
 from lightning_namo.optim.schedules import WarmupStableDecay
-from lightning_namo.ranges import is_number
 from lightning_namo.routing.split import ParameterGroups, split_parameters
 
 Schedule: TypeAlias = WarmupStableDecay | Callable[[Optimizer], LRScheduler]

@@ -64,8 +64,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         state: Of the class: the states that the rule keeps beside the momentum, by name: "matrix", "column" or "row"
             for one number of each, "element" for a tensor like the parameter. They start at zero, in float32 (float64
             for float64 weights). (Of an optimizer: its state, as torch's.)
-        ranges: Of the class: what the hyper-parameters may be that it adds, `lightning_namo.ranges.Range` by name; for
-            constructors, groups, checkpoints and the command line. Those of the base classes are added.
+        ranges: Of the class: what the hyper-parameters may be that it adds, `lightning_namo.arguments.Range` by name;
+            for constructors, groups, checkpoints and the command line. Those of the base classes are added.
         fixed: Of the class: hyper-parameters by which its states change their meaning, so that a checkpoint goes on
             with its own only, and what a checkpoint has that lacks them.
         bucket_bytes: Bound on the bytes of the matrices that a rank assembles at a time; a larger matrix is in a bucket

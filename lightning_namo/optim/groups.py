@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer
 
+from lightning_namo.arguments import UNIT, Range, check, check_ranges
 from lightning_namo.checkpoint.numbering import number_by_module
 from lightning_namo.optim.adamw import check_memory
 from lightning_namo.optim.ranges import ADAMW_KEYS, RANGES, MomentumDtype, check_keys, unknown_keys
 from lightning_namo.polar.coefficients import Coefficients, newton_schulz_polynomials
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.ranges import UNIT, Range, check, check_ranges
 from lightning_namo.routing.names import parameter_label
 from lightning_namo.routing.split import ParameterGroups
 from lightning_namo.sharding.discovery import region_of
@@ -83,7 +83,7 @@ class GroupedOptimizer(Optimizer):
         cls.ranges = {key: of for base in bases for key, of in vars(base).get("ranges", {}).items()}
         cls.fixed = {key: of for base in bases for key, of in vars(base).get("fixed", {}).items()}
         for key, of in cls.ranges.items():
-            check(isinstance(of, Range), cls.__name__, f"ranges[{key!r}]", "a lightning_namo.ranges.Range", repr(of))
+            check(isinstance(of, Range), cls.__name__, f"ranges[{key!r}]", "a lightning_namo.arguments.Range", repr(of))
         if cls.__init__ is not GroupedOptimizer.__init__ and not hasattr(cls.__init__, "takes_engine_keys"):
             cls.__init__ = _with_engine_keys(cls.__init__)  # type: ignore[method-assign]
 

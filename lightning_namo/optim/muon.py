@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, get_args
 
+from lightning_namo.arguments import Range, choice
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.formulas import HyperParameters, ratio, rms_factor, shape_factor
 from lightning_namo.optim.groups import Params, hyper_parameters
@@ -12,7 +13,6 @@ from lightning_namo.optim.ranges import MomentumDtype
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.ranges import Range, choice
 
 Order = Literal["pre", "none", "post"]
 

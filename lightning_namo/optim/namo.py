@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
+from lightning_namo.arguments import POSITIVE, Range, check, choice, is_number, or_none
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.formulas import (
     Decay,
@@ -20,7 +21,6 @@ from lightning_namo.optim.ranges import MomentumDtype
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.ranges import POSITIVE, Range, check, choice, is_number, or_none
 
 
 class _AdaptiveScale(OrthogonalizedOptimizer):

@@ -13,9 +13,20 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_namo.arguments import (
+    BOOL,
+    COUNT,
+    NOT_NEGATIVE,
+    POSITIVE,
+    UNIT,
+    Range,
+    choice,
+    is_number,
+    is_whole,
+    or_none,
+)
 from lightning_namo.polar.coefficients import newton_schulz_polynomials
 from lightning_namo.polar.orthogonalize import Method
-from lightning_namo.ranges import BOOL, COUNT, NOT_NEGATIVE, POSITIVE, UNIT, Range, choice, is_number, is_whole, or_none
 
 MomentumDtype = Literal["float32", "bfloat16"]
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_namo.arguments import check
 from lightning_namo.checkpoint.flat_form import fill_empty, flat_form, plain_form, sync_statistics
 from lightning_namo.checkpoint.parameter_state import ParameterState
 from lightning_namo.checkpoint.reading import STRUCTURE, check_states, laid_out, read
@@ -26,7 +27,6 @@ from lightning_namo.optim.groups import (
 )
 from lightning_namo.optim.rule import Matrices
 from lightning_namo.optim.stack import STATE_KINDS, StateKind, momentum_dtype, statistics_dtype
-from lightning_namo.ranges import check
 from lightning_namo.sharding.discovery import holds_fsdp1, region_of
 from lightning_namo.sharding.local import local_tensor
 

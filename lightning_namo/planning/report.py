@@ -9,12 +9,12 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
+from lightning_namo.arguments import COUNT, OPEN_UNIT, POSITIVE, check_ranges, or_none
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
 from lightning_namo.planning.cost_model import Estimate, Rank, Rates, estimate
 from lightning_namo.planning.models import Built, build_model, check_heads, recipe_optimizer
 from lightning_namo.planning.simulated_mesh import LAYOUTS, SimulatedMesh
-from lightning_namo.ranges import COUNT, OPEN_UNIT, POSITIVE, check_ranges, or_none
 
 _RANGES = {
     "ranks": COUNT,

@@ -12,7 +12,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from tests.helpers.launch import run_ranks
-from tests.optim.test_counts import OPTIMIZERS, calls, with_gradients
+from tests.helpers.rules import BUILT_IN
+from tests.optim.test_counts import calls, with_gradients
 
 COUNTS = (32, 64)
 
@@ -20,7 +21,7 @@ COUNTS = (32, 64)
 def calls_of_steps(rank: int) -> dict[tuple[str, bool, int], int]:
     """By optimizer, whether the matrices are sharded, and their number."""
     mesh, found = init_device_mesh("cpu", (torch.distributed.get_world_size(),)), {}
-    for cls in OPTIMIZERS:
+    for cls in BUILT_IN:
         for sharded in (False, True):
             for count in COUNTS:
                 optimizer = with_gradients(small_matrices(cls, count, mesh if sharded else None))
@@ -43,7 +44,7 @@ def counted() -> list[dict[tuple[str, bool, int], int]]:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("cls", OPTIMIZERS)
+@pytest.mark.parametrize("cls", BUILT_IN)
 def test_a_matrix_more_takes_at_most_five_python_calls(cls: type, sharded: bool) -> None:
     for of_rank in counted():
         few, many = (of_rank[cls.__name__, sharded, count] for count in COUNTS)

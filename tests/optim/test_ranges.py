@@ -15,10 +15,10 @@ from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, PositiveIn
 from torch import Tensor, nn
 
 from lightning_namo import NAMO, NAMOD, AdaMuon, Muon, build_optimizer, split_parameters
+from lightning_namo.arguments import UNIT as UNIT_RANGE
+from lightning_namo.arguments import Range
 from lightning_namo.optim import OrthogonalizedOptimizer
 from lightning_namo.optim.groups import ENGINE_KEYS
-from lightning_namo.ranges import UNIT as UNIT_RANGE
-from lightning_namo.ranges import Range
 from tests.helpers.optimizers import refused
 from tests.helpers.rules import BUILT_IN
 
@@ -384,7 +384,7 @@ def test_a_class_keeps_its_own_value_of_a_key_that_nobody_gives(cls, steps):
 
 
 def test_ranges_are_checked_themselves():
-    with refused(r"Bad: expected ranges\['edge'\] to be a lightning_namo.ranges.Range but got \(0, 1\)"):
+    with refused(r"Bad: expected ranges\['edge'\] to be a lightning_namo.arguments.Range but got \(0, 1\)"):
 
         class Bad(Own):
             ranges: ClassVar[dict[str, Any]] = {"edge": (0, 1)}

@@ -9,9 +9,9 @@ from typing import Any
 from lightning import LightningDataModule, Trainer
 from tokenizers import Tokenizer
 
+from lightning_namo.arguments import COUNT, COUNT_OR_ZERO, check_ranges, or_none
 from lightning_namo.gpt2.data.loaders import TokenWindows, TrainLoader, ValidationLoader
 from lightning_namo.gpt2.data.prepare import SPEECHES_VOCAB_SIZE, prepare_speeches
-from lightning_namo.ranges import COUNT, COUNT_OR_ZERO, check_ranges, or_none
 
 _RANGES = {
     **dict.fromkeys(("block_size", "batch_size"), COUNT),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning_namo.arguments import check_ranges
 from lightning_namo.gpt2.data.documents import open_parquet
 from lightning_namo.gpt2.data.encoding import GPT2, load_encoder
 from lightning_namo.gpt2.data.prepare import RANGES, prepare_files
-from lightning_namo.ranges import check_ranges
 
 REPOSITORY = "Skylion007/openwebtext"
 REVISION = "79d93d786212f7344586290adb811d4ae6a1762c"

@@ -11,12 +11,12 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from lightning_namo.arguments import COUNT, COUNT_OR_ZERO, OPEN_UNIT, check_ranges
 from lightning_namo.atomic_io import read_json, replacing, sha256, write_json
 from lightning_namo.gpt2.data.corpus import CORPUS_SHA256, load_speeches
 from lightning_namo.gpt2.data.documents import Split, choose, find_files, read, scan
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT, Encoder, load_encoder, load_tokenizer, train_tokenizer
 from lightning_namo.gpt2.data.tokenize import Job, Part, clear, encode_parts, gather_parts, is_folder_of, open_folder
-from lightning_namo.ranges import COUNT, COUNT_OR_ZERO, OPEN_UNIT, check_ranges
 
 __all__ = ["END_OF_TEXT", "SPEECHES_VOCAB_SIZE", "load_tokenizer", "prepare", "prepare_speeches", "train_tokenizer"]
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_namo.arguments import COUNT, check_ranges
 from lightning_namo.gpt2.data.loaders import Batch, TokenWindows
 from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
-from lightning_namo.ranges import COUNT, check_ranges
 
 PIECE = 2**20  # tokens to copy at a time
 
