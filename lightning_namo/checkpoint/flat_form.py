@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_namo.checkpoint.parameter_state import ParameterState, State, whole
+from lightning_namo.sharding.batch import Box
 from lightning_namo.sharding.layout import FlatRange, Rectangle, ShardRegion, stored_shape
 from lightning_namo.sharding.local import local_tensor
 from lightning_namo.sharding.process_group import largest_over_ranks
@@ -45,8 +46,7 @@ def _spread(value: Tensor, parameter: ParameterState, key: str, shape: torch.Siz
     """A rule's state, laid out like the local shard of the parameter."""
     if parameter.is_like_parameter(key):
         return value
-    layout, kind = parameter.layout(), parameter.statistic_kind(key)
-    return layout.spread(layout.by_block(value[None], kind), shape)[0]
+    return parameter.layout().spread_state(value, parameter.statistic_kind(key), shape)
 
 
 def plain_form(saved: State, parameter: ParameterState) -> State:
@@ -79,13 +79,13 @@ def _collected(spread: Any, parameter: ParameterState, key: str) -> Any:
     spread, kind = whole(spread, parameter, key), parameter.statistic_kind(key)
     if tuple(spread.shape) == parameter.shape:
         rows, cols = stored_shape(parameter.shape)
-        return parameter.layout(Rectangle(0, rows, 0, cols)).collect(spread[None], kind)[0]
+        return parameter.layout(Rectangle(0, rows, 0, cols)).collect_state(spread, kind)
     if spread.shape != local_tensor(parameter.tensor).shape:
         return spread
-    return parameter.layout().collect(spread[None], kind)[0]
+    return parameter.layout().collect_state(spread, kind)
 
 
-def _whole_statistic(cut: Tensor, own: Tensor, region: ShardRegion) -> Tensor:
+def _whole_statistic(cut: Tensor, own: Tensor, region: ShardRegion | Box) -> Tensor:
     """Put a cut of a statistic back to where FSDP1 cut it out of the flattened one; another size is for the check."""
     start, stop = (region.start, region.stop) if isinstance(region, FlatRange) else (0, own.numel())
     if cut.dim() != 1 or cut.numel() != max(min(stop, own.numel()) - start, 0):

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_namo.sharding.batch import BatchLayout, Box, layout_of
 from lightning_namo.sharding.layout import Layout, ShardRegion, StatisticKind, stored_shape
 from lightning_namo.sharding.local import local_tensor
 
@@ -37,7 +38,7 @@ class ParameterState:
     group: dict[str, Any]
     state: State
     shape: tuple[int, ...]
-    region: ShardRegion
+    region: ShardRegion | Box
     kinds: Mapping[str, str]
 
     def is_like_parameter(self, key: str) -> bool:
@@ -48,10 +49,12 @@ class ParameterState:
         """Of a state that is not like the parameter: of what it has one number each."""
         return cast(StatisticKind, self.kinds[key])
 
-    def layout(self, region: ShardRegion | None = None) -> Layout:
+    def layout(self, region: ShardRegion | None = None) -> Layout | BatchLayout:
         """The layout of this part (or another one) of the matrix."""
-        transposed, blocks = self.group.get("transposed", False), self.group.get("blocks", 1)
-        return Layout.of(self.shape, region or self.region, transposed=transposed, blocks=blocks, name=self.name)
+        keys = {"transposed": self.group.get("transposed", False), "blocks": self.group.get("blocks", 1)}
+        return layout_of(
+            self.shape, region or self.region, batched=self.group.get("batched", False), name=self.name, **keys
+        )
 
 
 def like_own(saved: Any, parameter: ParameterState, key: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -93,7 +93,7 @@ def check_sections(sections: Namespace) -> None:
     for key in ("trainer", "optim", "model", "data"):
         if not isinstance(sections.get(key), Namespace):
             raise ValueError(f"Expected options under {key}:. Got {sections.get(key)!r}.")
-    for key in ("optimizer", "adamw", "orthogonalize", "adopt_state"):
+    for key in ("optimizer", "adamw", "orthogonalize", "batched", "transposed", "matrix", "adopt_state"):
         if sections.optim.get(key) is None:
             raise ValueError(f"Expected --optim.{key} to have a value. Got null.")
     for key in ("optimizer", "schedule"):
@@ -215,7 +215,7 @@ def check_routing(optim: OptimizerCallback, module: LightningModule) -> None:
             network.configure_model()
     elif is_overridden("configure_model", module) or is_overridden("setup", module):
         return
-    split_parameters(network, adamw=optim.adamw, orthogonalize=optim.orthogonalize, blocks=optim.blocks)
+    split_parameters(network, **optim.routing)
 
 
 def check_checkpoint(path: str | os.PathLike[str] | None) -> None:

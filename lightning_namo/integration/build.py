@@ -25,6 +25,9 @@ def build_optimizer(
     adamw: Globs = (),
     orthogonalize: Globs = (),
     blocks: Blocks | None = None,
+    batched: Globs = (),
+    transposed: Globs = (),
+    matrix: Globs = (),
     adopt_state: bool = False,
     **hyper: Any,
 ) -> AnyOptimizer:
@@ -39,6 +42,10 @@ def build_optimizer(
         adamw: Globs over parameter names that take AdamW whatever the routing says.
         orthogonalize: Globs over parameter names that are matrices whatever the routing says.
         blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        batched: Globs of batches of matrices along the first dimension (experts); bare parameters of three dimensions
+            are taken for such.
+        transposed: Globs of parameters that are stored with input features as rows.
+        matrix: Globs of parameters that are one matrix, and no batch.
         adopt_state: Whether to go on from a checkpoint of another optimizer (AdamW, Muon, ...): the momentum and the
             state of AdamW's parameters are taken over, all else starts anew, and a warning says what. Not for runs
             that resume their own checkpoint.
@@ -53,7 +60,8 @@ def build_optimizer(
     """
     check_callable("build_optimizer", cls)
     check_strategy(module)
-    groups = split_parameters(module, adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
+    routing = {"adamw": adamw, "orthogonalize": orthogonalize, "batched": batched, "transposed": transposed}
+    groups = split_parameters(module, blocks=blocks, matrix=matrix, **routing)
     return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
 
 
@@ -100,7 +108,7 @@ def make_optimizer(
     if (module := groups.module()) is not None:
         number_by_module(optimizer, module)
     for group in optimizer.param_groups:
-        for key in ("orthogonalize", "transposed", "blocks"):
+        for key in ("orthogonalize", "transposed", "blocks", "batched"):
             group.pop(key, None)
     optimizer.register_load_state_dict_pre_hook(_refuse_ours)
     return optimizer

@@ -37,6 +37,9 @@ def optimize_with(
     adamw: Globs = (),
     orthogonalize: Globs = (),
     blocks: Blocks | None = None,
+    batched: Globs = (),
+    transposed: Globs = (),
+    matrix: Globs = (),
     adopt_state: bool = False,
     **hyper: Any,
 ) -> Callable[[pl.LightningModule], OptimizerLRScheduler]:
@@ -52,6 +55,9 @@ def optimize_with(
         adamw: As `build_optimizer`'s.
         orthogonalize: As `build_optimizer`'s.
         blocks: As `build_optimizer`'s.
+        batched: As `build_optimizer`'s.
+        transposed: As `build_optimizer`'s.
+        matrix: As `build_optimizer`'s.
         adopt_state: As `build_optimizer`'s.
         **hyper: Hyper-parameters of ``cls``.
 
@@ -67,7 +73,8 @@ def optimize_with(
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
         check_strategy(self)
-        groups = split_parameters(wrapped(self), adamw=adamw, orthogonalize=orthogonalize, blocks=blocks)
+        routing = {"adamw": adamw, "orthogonalize": orthogonalize, "batched": batched, "transposed": transposed}
+        groups = split_parameters(wrapped(self), blocks=blocks, matrix=matrix, **routing)
         return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper), adopt_state), schedule)
 
     return configure_optimizers

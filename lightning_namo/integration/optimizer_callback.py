@@ -39,6 +39,10 @@ class OptimizerCallback(pl.Callback):
         adamw: Globs over parameter names that take AdamW whatever the routing says.
         orthogonalize: Globs over parameter names that are matrices whatever the routing says.
         blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        batched: Globs of batches of matrices along the first dimension (experts); bare parameters of three dimensions
+            are taken for such.
+        transposed: Globs of parameters that are stored with input features as rows.
+        matrix: Globs of parameters that are one matrix, and no batch.
         adopt_state: Whether to go on from a checkpoint of another optimizer: see `build_optimizer`.
 
     Raises:
@@ -60,6 +64,9 @@ class OptimizerCallback(pl.Callback):
         orthogonalize: str | Sequence[str] = (),
         blocks: Mapping[str, int | Sequence[int]] | None = None,
         adopt_state: bool = False,
+        batched: str | Sequence[str] = (),
+        transposed: str | Sequence[str] = (),
+        matrix: str | Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
@@ -67,9 +74,16 @@ class OptimizerCallback(pl.Callback):
         self.adamw = adamw
         self.orthogonalize = orthogonalize
         self.blocks = blocks
+        self.batched, self.transposed, self.matrix = batched, transposed, matrix
         self.adopt_state = adopt_state
         self._own: Any = None
         self._skipped = self._checked = 0
+
+    @property
+    def routing(self) -> dict[str, Any]:
+        """The arguments of `split_parameters`."""
+        keys = ("adamw", "orthogonalize", "blocks", "batched", "transposed", "matrix")
+        return {key: getattr(self, key) for key in keys}
 
     def attach(self, module: pl.LightningModule) -> None:
         """Give a module this callback's ``configure_optimizers``, until the fit ends.
@@ -106,9 +120,7 @@ class OptimizerCallback(pl.Callback):
 
     def _configure(self, module: pl.LightningModule) -> OptimizerLRScheduler:
         check_strategy(module)
-        groups = split_parameters(
-            wrapped(module), adamw=self.adamw, orthogonalize=self.orthogonalize, blocks=self.blocks
-        )
+        groups = split_parameters(wrapped(module), **self.routing)
         parameters = zip(groups.names, groups.routes, strict=True)
         check_same([(route.name, route.shape, p.dtype) for p, route in parameters])
         return configured(module, groups, make_optimizer(groups, self.optimizer, self.adopt_state), self.schedule)

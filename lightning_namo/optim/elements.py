@@ -160,7 +160,7 @@ class Elements:
 
         result = func(*[plain(a) for a in args], **{key: plain(v) for key, v in (kwargs or {}).items()})
         x = found[0]
-        if isinstance(result, Tensor) and result.shape == (len(x._stack.parameters), *x._stack.local_shape):
+        if isinstance(result, Tensor) and result.shape == (x._stack.count, *x._stack.local_shape):
             in_place = result.untyped_storage()._cdata in of_others  # as what .to(dtype) returns may be
             finite = func.__name__ in _KEEP_FINITE and all(is_finite)
             made = Elements.having(x, result.clone() if in_place else result, is_finite=finite)

@@ -29,11 +29,12 @@ from lightning_namo.routing.names import parameter_label
 from lightning_namo.sharding import agreement
 from lightning_namo.sharding.agreement import ParameterDescription, checksums, plain, tolerance
 from lightning_namo.sharding.assignment import Matrix
+from lightning_namo.sharding.batch import BatchLayout, divide
 from lightning_namo.sharding.discovery import part_of
 from lightning_namo.sharding.exchange import Exchange
-from lightning_namo.sharding.layout import Layout, Rectangle, ShardRegion
+from lightning_namo.sharding.layout import Layout, Rectangle
 from lightning_namo.sharding.local import local_gradient, local_tensor, refuse_sparse
-from lightning_namo.sharding.process_group import current_group
+from lightning_namo.sharding.process_group import current_group, gather, rank_and_world_size
 from lightning_namo.sharding.publication import Published
 from lightning_namo.workspace import Workspace
 
@@ -144,6 +145,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 else:
                     self._leading_sums(runs, [])
                 self._update(runs)
+                for run in itertools.chain.from_iterable(runs.values()):
+                    run.count_step()
         adamw.run(skipped)
         self._count_adamw(skipped)
         self._warn_of_ungrouped()
@@ -191,12 +194,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             names = {tensor: name for group in self.param_groups for tensor, name in named_parameters(group)}
             module = self._module()
             self._trained = None if module is None else TrainedModule(module, names)
-            parameters = [
-                MatrixParameter(name, tensor, group, self._layout(name, tensor, group))
-                for group in self.param_groups
-                if group["orthogonalize"]
-                for tensor, name in named_parameters(group)
-            ]
+            parameters = self._matrix_parameters()
             self._follow_parameters()
             self._requests = {}
             for p in parameters:
@@ -212,7 +210,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                     p.wire_dtype,
                     p.cost,
                     p.layout.region,
-                    (numbers[id(p.group)], p.tensor.dtype, p.tensor.stride(), *p.layout.shape),
+                    (numbers[id(p.group)], p.tensor.dtype, p.tensor.stride(), *p.layout.shape, p.part and p.name),
+                    p.count,
+                    p.part is not None,
                 )
                 for p in parameters
             ]
@@ -224,7 +224,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 [self._stack(s.indices, parameters, exchange, self.state) for s in bucket]
                 for bucket in exchange.buckets
             ]
-            compared = [p.name for bucket in buckets for stack in bucket for p in stack.parameters]
+            compared = [
+                p.name for bucket in buckets for stack in bucket for p in stack.parameters for _ in range(p.count)
+            ]
             compared += [name for _, name in self._adamw_parameters()]
             self._agreement = StepAgreement(exchange, compared, self._module)
             self._prepared = parameters, buckets, exchange
@@ -235,6 +237,30 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 stack.bind(self.state)
         return self._prepared
 
+    def _matrix_parameters(self) -> list[MatrixParameter]:
+        """The parameters of the groups of matrices; batched ones in parts, which are the same on all ranks."""
+        found = [
+            (name, tensor, group, self._layout(name, tensor, group))
+            for group in self.param_groups
+            if group["orthogonalize"]
+            for tensor, name in named_parameters(group)
+        ]
+        batches = [layout for *_, layout in found if isinstance(layout, BatchLayout)]
+        of_ranks = (
+            gather(batches, "compare their parameters before a step") if rank_and_world_size()[1] > 1 else [batches]
+        )
+        divided = iter([divide(of_batch) for of_batch in zip(*of_ranks, strict=False)])
+        parameters = []
+        for name, tensor, group, layout in found:
+            if isinstance(layout, Layout):
+                parameters.append(MatrixParameter(name, tensor, group, layout))
+                continue
+            parts = [layout.part(*bounds) for bounds in next(divided, [(0, layout.count)])]
+            for part in parts:
+                of_part = name if len(parts) == 1 else f"{name}[{part.first}:{part.last}]"
+                parameters.append(MatrixParameter(of_part, tensor, group, part.layout, part))
+        return parameters
+
     def _stack(
         self,
         indices: Sequence[int],
@@ -243,8 +269,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         states: Any,
     ) -> MatrixStack:
         members, device = [parameters[i] for i in indices], exchange.device
-        counts = [exchange.holder_counts[i] for i in indices]
-        bounds = [tolerance(exchange.replicas[i].count, parameters[i].tensor.dtype) for i in indices]
+        each = [i for i in indices for _ in range(parameters[i].count)]
+        counts = [exchange.holder_counts[i] for i in each]
+        bounds = [tolerance(exchange.replicas[i].count, parameters[i].tensor.dtype) for i in each]
         stack = MatrixStack(
             members,
             self._kinds,
@@ -260,8 +287,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
 
     def _published(self, parameters: Sequence[MatrixParameter]) -> Published:
         """What the other ranks must have alike."""
-        described: list[tuple[Tensor, str, tuple[int, ...], ShardRegion | None]]
-        described = [(p.tensor, p.name, p.layout.shape, p.layout.region) for p in parameters]
+        described: list[tuple[Tensor, str, tuple[int, ...], Any]]
+        described = [(p.local(p.tensor), p.name, p.layout.shape, p.layout.region) for p in parameters]
         for tensor, name in self._adamw_parameters():
             shape, region = self._regions.get(tensor, (tuple(tensor.shape), None))
             described.append((tensor, name, shape, region))
@@ -315,9 +342,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         for number, stacks in enumerate(buckets):
             runs = []
             for stack in stacks:
-                grads = [None if refused else local_gradient(p.name, p.tensor) for p in stack.parameters]
+                grads = [None if refused else _gradient(p) for p in stack.parameters]
                 for first, end in [(0, len(grads))] if exchange.distributed else _present(grads):
-                    part = stack if end - first == len(grads) else stack.part(first, end)
+                    part = stack if end - first == len(grads) else stack.some(first, end)
                     requests = self.requests(stack.parameters[0])
                     runs.append(StackRun(part, rule, requests, grads[first:end], exchange.workspace))
             if exchange.distributed or exchange.batched:
@@ -362,6 +389,12 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         every = [run for of_bucket in runs.values() for run in of_bucket]
         totals, flags = self._sums([run.gradient_parts() for run in every], flags)()
         differing = [run.decide(of_run) for run, of_run in zip(every, totals, strict=True)]
+        batches: dict[Tensor, list[StackRun]] = defaultdict(list)
+        for run in every:
+            if run.stack.part is not None:
+                batches[run.stack.parameters[0].tensor].append(run)
+        for of_batch in batches.values():
+            StackRun.agree(of_batch)
         check(flags, [flag for flag in differing if flag is not None])
         for run, of_run in zip(every, totals, strict=True):
             if run.requests.sums_first:
@@ -418,7 +451,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         workspace, directions = self._exchange.workspace, {}
         for place, run in enumerate(runs):
             if not run.has_ended:
-                shape = (len(run.stack.parameters), *run.stack.local_shape)
+                shape = (run.stack.count, *run.stack.local_shape)
                 directions[place] = workspace.take(shape, run.stack.parameters[0].wire_dtype, self._exchange.device)
                 run.write_directions(directions[place])
         return directions
@@ -459,7 +492,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 matrices = [
                     matrix
                     for place, stack in zip(places, stacks, strict=True)
-                    for matrix in stack.layout.matrices(whole[place].view(len(stack.parameters), *stack.layout.stored))
+                    for matrix in stack.layout.matrices(whole[place].view(stack.count, *stack.layout.stored))
                 ]
                 factors = iter(
                     orthogonalize(
@@ -490,20 +523,33 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 "Nothing was loaded."
             )
         runs = []
-        for index, (parameter, state) in enumerate(zip(parameters, states, strict=True)):
+        tensors = [p for group in self.param_groups if group["orthogonalize"] for p in group["params"]]
+        of_parameter = dict(zip(tensors, states, strict=True))
+        gradients: dict[Tensor, Tensor] = {}
+        for index, parameter in enumerate(parameters):
             requests = self._requests[id(parameter.group), parameter.layout.shape]
             if requests.starts_numbers:
-                gradient = local_tensor(state["momentum_buffer"])
-                state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
+                state = of_parameter[parameter.tensor]
+                if parameter.tensor not in gradients:
+                    gradients[parameter.tensor] = local_tensor(state["momentum_buffer"])
+                    state["momentum_buffer"] = torch.zeros_like(state["momentum_buffer"])
                 stack = self._stack([index], parameters, exchange, {parameter.tensor: state})
                 stack.tolerance = None
+                gradient = gradients[parameter.tensor]
+                gradient = gradient if parameter.part is None else parameter.part.local(gradient)
                 runs.append(StackRun(stack, self._ruled, requests, [gradient], exchange.workspace))
         with exchange.workspace.frame():
             self._leading_sums({0: runs}, [])
         for run in runs:
             with exchange.workspace.frame():
                 self._directions([run])
-            run.stack.state["step"].copy_(run.norm_sq > 0)
+            run.stack.count_step(run.norm_sq > 0, torch.zeros_like(run.norm_sq))
+
+
+def _gradient(parameter: MatrixParameter) -> Tensor | None:
+    """The local shard of a parameter's gradient, or of some matrices of a batched one."""
+    grad = local_gradient(parameter.name, parameter.tensor)
+    return grad if grad is None or parameter.part is None else parameter.part.local(grad.contiguous())
 
 
 def _present(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ from lightning_namo.polar.coefficients import Coefficients, newton_schulz_polyno
 from lightning_namo.polar.orthogonalize import Method
 from lightning_namo.routing.names import parameter_label
 from lightning_namo.routing.split import ParameterGroups
+from lightning_namo.sharding.batch import BatchLayout, Box, layout_of
 from lightning_namo.sharding.discovery import region_of
 from lightning_namo.sharding.layout import Layout, ShardRegion
 from lightning_namo.sharding.local import local_tensor
@@ -103,14 +104,14 @@ class GroupedOptimizer(Optimizer):
         check_ranges({key: plain_value(value) for key, value in defaults.items()}, type(self).__name__, self.ranges)
         matrix_defaults = {key: value for key, value in defaults.items() if not key.startswith("adamw_")}
         self._number = next(NUMBERS)
-        self._matrix_defaults = {"transposed": False, "blocks": 1, **matrix_defaults}
+        self._matrix_defaults = {"transposed": False, "blocks": 1, "batched": False, **matrix_defaults}
         self.adamw_follows = defaults["adamw_lr"] is None
         adamw_defaults = {key: defaults[f"adamw_{key}"] for key in ("lr", "weight_decay", "betas", "eps")}
         if self.adamw_follows:
             adamw_defaults["lr"] = defaults["lr"]
         self._adamw_defaults = _adamw_group({key: plain_value(value) for key, value in adamw_defaults.items()})
         self._templates: dict[Tensor, tuple[str, dict[str, Any]]] = {}
-        self._regions: dict[Tensor, tuple[tuple[int, ...], ShardRegion]] = {}
+        self._regions: dict[Tensor, tuple[tuple[int, ...], ShardRegion | Box]] = {}
         self._module: Callable[[], torch.nn.Module | None] = no_module
         if isinstance(params, ParameterGroups):
             self._templates = {p: (params.names[p], keys) for p, keys in params.templates.items()}
@@ -162,7 +163,7 @@ class GroupedOptimizer(Optimizer):
             self._validate(group)
         else:
             group = _adamw_group(group)
-        for key, absent in self.fixed.items():
+        for key, absent in self._absent.items():
             if is_matrix and group[key] == absent:
                 del group[key]  # as checkpoints of before have none
         if isinstance(group.get("blocks"), tuple):
@@ -182,6 +183,11 @@ class GroupedOptimizer(Optimizer):
         super().add_param_group(group)
         _drop_duplicates(self.param_groups[-1])
         self._add_state(self.param_groups[-1])
+
+    @property
+    def _absent(self) -> dict[str, Any]:
+        """Keys that say what the states of a matrix group mean, and what a group means that lacks them."""
+        return {"batched": False, **self.fixed}
 
     def _add_state(self, group: dict[str, Any]) -> None:
         """Make the state of the parameters of a new group."""
@@ -246,7 +252,7 @@ class GroupedOptimizer(Optimizer):
             polynomials = newton_schulz_polynomials(group["ns_coefficients"], group["ns_steps"])
             group["ns_coefficients"] = [list(triple) for triple in polynomials]
 
-    def _layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Layout:
+    def _layout(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Layout | BatchLayout:
         """The layout of a parameter's shard; raises if it is no real matrix or its blocks do not fit."""
         name = parameter_label(name, self._module())
         shape, region = self._regions.get(parameter) or region_of(parameter, name)
@@ -257,7 +263,13 @@ class GroupedOptimizer(Optimizer):
             )
         if parameter.is_complex():
             raise ValueError(f"Expected real matrices but {name} is {parameter.dtype}. Route it to AdamW (adamw=...).")
-        layout = Layout.of(shape, region, transposed=group["transposed"], blocks=group["blocks"], name=name)
+        keys = {"transposed": group["transposed"], "blocks": group["blocks"]}
+        layout = layout_of(shape, region, batched=group.get("batched", False), name=name, **keys)
+        if isinstance(layout, BatchLayout) and not local_tensor(parameter).is_contiguous():
+            raise ValueError(
+                f"Expected {name} {shape}, a batch of matrices, to be contiguous in memory. Make it so "
+                "(parameter.data = parameter.data.contiguous()) before the optimizer is built."
+            )
         if local_tensor(parameter).numel() != region.numel:
             raise ValueError(
                 f"Expected {name} to hold {region.numel} of its {shape} elements here but it holds "

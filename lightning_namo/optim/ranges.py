@@ -79,6 +79,9 @@ RANGES: Mapping[str, Range] = {
     "name": Range(lambda value: isinstance(value, str), "a string"),
     "orthogonalize": BOOL,
     "transposed": BOOL,
+    "batched": Range(
+        lambda value: isinstance(value, bool) or (is_whole(value) and value > 1), "True, False or a number of matrices"
+    ),
     "blocks": Range(_is_blocks, "a number of blocks or a list of row counts"),  # that they fit: `Layout.of`
     **_SWITCHES,
     "decoupled_weight_decay": Range(lambda value: value is None or value is True, "True or None (it always is)"),

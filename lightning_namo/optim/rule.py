@@ -106,7 +106,8 @@ class Matrices:
             "_written": [],
         }
         own["_on_cpu"] = of.state["step"].is_cpu
-        own["_in_one"] = len(grads) > 1 and (self._on_cpu or of.layout.region.numel < _SMALL)
+        small = self._on_cpu or of.layout.region.numel < _SMALL
+        own["_in_one"] = of.part is not None or (len(grads) > 1 and small)
 
     # ------------------------------------------------------------------ numbers
 
@@ -134,7 +135,7 @@ class Matrices:
 
     def spread(self, number: Tensor) -> Elements:
         """Numbers (K, 1, 1), (K, 1, n) or (K, m, 1), laid out like the local shard."""
-        shape = (len(self._stack.parameters), *self._stack.local_shape)
+        shape = (self._stack.count, *self._stack.local_shape)
         laid_out = self._laid_out(self._number(number, "x.spread"), 0).expand(shape)
         return Elements.having(self, laid_out, is_own=False)  # may be the number itself
 
@@ -217,7 +218,9 @@ class Matrices:
         self._written.append("weight")
         weights, sizes = self._weights(), self._laid_out(size, 0)
         factors = None if factor is None else self._laid_out(factor.masked_fill(invalid, 1), 1)
-        if self._in_one:
+        if isinstance(weights, Tensor):
+            formulas.apply_update([weights], [stacked], [sizes], None if factors is None else [factors])
+        elif self._in_one:
             whole = stack(weights, self._workspace)
             formulas.apply_update([whole], [stacked], [sizes], None if factors is None else [factors])
             unstack(whole, weights)
@@ -301,11 +304,11 @@ class Matrices:
     def _together(self, parts: Sequence[Tensor]) -> Tensor:
         """Numbers (P, r, c) of each block as (K, r, c)."""
         whole = torch.stack(list(parts), dim=1) if len(parts) > 1 else parts[0]
-        return whole.reshape(len(self._stack.parameters) * len(parts), *parts[0].shape[1:])
+        return whole.reshape(self._stack.count * len(parts), *parts[0].shape[1:])
 
     def _number(self, value: Any, what: str) -> Tensor:
         """A number of the rule as (K, 1 or m, 1 or n)."""
-        (m, n), K = self.shape, len(self._stack.parameters) * len(self._blocks)
+        (m, n), K = self.shape, self._stack.count * len(self._blocks)
         if isinstance(value, Elements | Part) or not isinstance(value, Tensor | float | int):
             raise TypeError(f"Expected {what} to have numbers of matrices, columns or rows but got {kind_of(value)}.")
         if not isinstance(value, Tensor):
@@ -323,7 +326,7 @@ class Matrices:
     def _laid_out(self, number: Tensor, other: float) -> Tensor:
         """Numbers of these blocks, spread over the shards; the elements of other blocks have another one."""
         layout = self._stack.layout
-        values = number.view(len(self._stack.parameters), len(self._blocks), *number.shape[1:])
+        values = number.view(self._stack.count, len(self._blocks), *number.shape[1:])
         if len(layout.blocks) == 1:
             return layout.spread([number], self._stack.local_shape)
         none = torch.full_like(values[:, 0, :1, :1], other)
@@ -354,7 +357,7 @@ class Matrices:
         (m, n), dtype = self.shape, stack_.statistics_dtype
         if not stack_.counts or not stack_.layout.region.numel:  # another replica's enter the sums
             shape = {"matrix": (1, 1), "column": (1, n), "row": (m, 1)}[kind]
-            K, device = len(stack_.parameters) * len(self._blocks), stack_.state["step"].device
+            K, device = stack_.count * len(self._blocks), stack_.state["step"].device
             return Part(torch.zeros(K, *shape, dtype=dtype, device=device), elements.is_gradient)
         if kind == "matrix" and len(stack_.layout.blocks) == 1 and not self._on_cpu:
             tensors = elements.tensors()
@@ -368,8 +371,12 @@ class Matrices:
             parts = stack_.layout.sums_of_squares(stacked, kind, dtype, self._workspace)
         return Part(self._together([parts[b] for b in self._blocks]), elements.is_gradient)
 
-    def _weights(self) -> list[Tensor]:
-        return [local_tensor(parameter.tensor) for parameter in self._stack.parameters]
+    def _weights(self) -> list[Tensor] | Tensor:
+        """One of each of P parameters, or (P, ...) of a batched one."""
+        parameters = self._stack.parameters
+        if self._stack.part is not None:
+            return parameters[0].local(parameters[0].tensor)
+        return [local_tensor(parameter.tensor) for parameter in parameters]
 
     def _settled(self) -> Matrices:
         """These, once N of the last `advance` stands in memory of its own: the momentum may change."""
@@ -387,7 +394,10 @@ class Matrices:
         if self._valid is not None:
             return self._masked_gradient()
         raw = self._raw
-        if raw is None:
+        if raw is None and self._stack.part is not None:
+            (grad,), momentum = self._grads, self._stack.state["momentum_buffer"]
+            self.__dict__["_raw"] = raw = (momentum if grad is None else grad).to(self._stack.dtype)
+        elif raw is None:
             momenta = self._stack.state["momentum_buffer"].unbind()
             found = [m if g is None else g for g, m in zip(self._grads, momenta, strict=True)]
             found = [tensor.to(self._stack.dtype) for tensor in found]
@@ -400,8 +410,13 @@ class Matrices:
         masked = self._masked
         if masked is None:
             buffer, mask = self._momentum(), self._mask()
-            found = [m if g is None else g.to(m.dtype) for g, m in zip(self._grads, buffer, strict=True)]
             masked = self._workspace.like(buffer)
+            if self._stack.part is not None:
+                (grad,) = self._grads
+                torch.where(mask, buffer if grad is None else grad.to(buffer.dtype), buffer, out=masked)
+                self.__dict__["_masked"] = masked
+                return masked
+            found = [m if g is None else g.to(m.dtype) for g, m in zip(self._grads, buffer, strict=True)]
             if self._in_one:
                 torch.where(mask, torch.stack(found, out=masked), buffer, out=masked)
             else:

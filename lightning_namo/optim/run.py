@@ -73,7 +73,9 @@ class StackRun:
         self.has_ended = False
         self._held: Tensor | None = None
         self._resumed = 0
-        self._valid = self._invalid = self._skipped = self.norm_sq = torch.empty(0)  # (P,): see `decide`
+        self._valid = self._invalid = self._skipped = self._present = self.norm_sq = torch.empty(
+            0
+        )  # (P,): see `decide`
 
     @property
     def asks_for_sums(self) -> bool:
@@ -103,7 +105,7 @@ class StackRun:
         present = torch.ones_like(stack.holders)
         if not all(found):  # no list becomes a tensor: the device would wait for it
             one, none = present[0], torch.zeros_like(present[0])
-            present = torch.stack([one if has else none for has in found])
+            present = torch.stack([one if has else none for has in found]).expand_as(present)
         if not stack.has_replicas:
             return [*parts, present]
         norm_sq = self._own_norm_sq() if any(found) else torch.zeros_like(present)
@@ -120,7 +122,7 @@ class StackRun:
         Returns:
             Where there are replicas: which of them have another gradient than others, (P,).
         """
-        stack, P = self.stack, len(self._grads)
+        stack, P = self.stack, self.stack.count
         flags = (stack.holders is not None) + stack.has_replicas
         sums = [total.reshape(P, total.numel() // P) for total in totals[: len(totals) - flags]]
         places = self._gradient_positions()
@@ -137,13 +139,31 @@ class StackRun:
             if place not in places:
                 finite = total < math.inf
                 valid &= finite.all(dim=1) if finite.shape[1] != 1 else finite.view(P)
-        self._valid, self._invalid = valid, ~valid
-        self._skipped = self._invalid if stack.holders is None else (present > 0) & self._invalid
-        for x in self._xs:
-            x._decided(valid, self._invalid)
+        self._present = torch.ones_like(valid) if stack.holders is None else present > 0
+        self._settle(valid, self._present)
+        if stack.part is not None:
+            self.agree([self])
         if stack.tolerance is None:
             return None
         return valid & (totals[-1].abs() > stack.tolerance * norm_sq)
+
+    def _settle(self, valid: Tensor, present: Tensor) -> None:
+        self._valid, self._invalid = valid, ~valid
+        self._skipped = present & self._invalid
+        for x in self._xs:
+            x._decided(valid, self._invalid)
+
+    @staticmethod
+    def agree(runs: Sequence[StackRun]) -> None:
+        """Let the matrices of a batched parameter be valid together or not at all.
+
+        Args:
+            runs: Of all its parts.
+        """
+        valid = torch.stack([run._valid.all() for run in runs]).all()
+        present = torch.stack([run._present.any() for run in runs]).any()
+        for run in runs:
+            run._settle(valid.expand(run.stack.count), present.expand(run.stack.count))
 
     def _gradient_positions(self) -> list[int]:
         """Where the sums of the gradient are among those of the first request: one of each x."""
@@ -196,7 +216,7 @@ class StackRun:
         """Let the rule go on with the polar factors, (P, elements)."""
         if "polar" in self.requests.kinds[self._resumed :]:  # alone, it is in memory that the next round takes
             polar = polar.clone()
-        shards = polar.view(len(self._grads), *self.stack.local_shape)
+        shards = polar.view(self.stack.count, *self.stack.local_shape)
         is_own = len(self._xs) == 1  # else all blocks are in it
         with self._workspace.frame():
             self._resume([Elements.having(x, shards, is_own=is_own, is_finite=True) for x in self._xs])
@@ -218,7 +238,7 @@ class StackRun:
         """Keep directions that are sent in the bucket's next round."""
         if self.asks_for_polar:
             parameter = self.stack.parameters[0]
-            shape = (len(self._grads), *self.stack.local_shape)
+            shape = (self.stack.count, *self.stack.local_shape)
             self._held = torch.empty(shape, dtype=parameter.wire_dtype, device=self.stack.device)
             self._write(self._held)
 
@@ -255,9 +275,10 @@ class StackRun:
         self._resumed += 1
         if ended:
             self.has_ended = True
-            state = self.stack.state
-            state["step"] += self._valid
-            state["skipped"] += self._skipped
+
+    def count_step(self) -> None:
+        """Count the step, once the rules of all parts of a batched parameter have ended."""
+        self.stack.count_step(self._valid, self._skipped)
 
 
 class Answers(tuple[Tensor, ...]):

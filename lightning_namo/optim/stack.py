@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_namo.optim.adamw import is_dense
 from lightning_namo.polar.cost import newton_schulz_flops
+from lightning_namo.sharding.batch import BatchPart
 from lightning_namo.sharding.layout import Layout, StatisticKind
 from lightning_namo.sharding.local import local_tensor
 
@@ -22,12 +23,30 @@ STATE_KINDS = ("element", *get_args(StatisticKind))
 
 @dataclass(eq=False)
 class MatrixParameter:
-    """A parameter of a matrix group, and the layout of its local shard."""
+    """A parameter of a matrix group, or some matrices of a batched one.
+
+    Attributes:
+        name: For messages.
+        tensor: The parameter.
+        group: Its parameter group.
+        layout: Of its local shard; of each matrix of a batched parameter.
+        part: Which of a batched parameter's matrices these are; None: it is not batched.
+    """
 
     name: str
     tensor: Tensor
     group: dict[str, Any]
     layout: Layout
+    part: BatchPart | None = None
+
+    @property
+    def count(self) -> int:
+        """How many matrices are stored in it, one after the other."""
+        return 1 if self.part is None else self.part.count
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The local shard of the parameter, its gradient or a state like it; (count, ...) of a batched one."""
+        return local_tensor(tensor) if self.part is None else self.part.local(tensor)
 
     @property
     def wire_dtype(self) -> torch.dtype:
@@ -38,15 +57,15 @@ class MatrixParameter:
     def cost(self) -> int:
         """FLOPs of its orthogonalization."""
         keys = {key: self.group[key] for key in ("ns_steps", "ns_coefficients")}
-        return sum(newton_schulz_flops(shape, **keys) for shape in self.layout.matrix_shapes)
+        return self.count * sum(newton_schulz_flops(shape, **keys) for shape in self.layout.matrix_shapes)
 
 
 @dataclass(eq=False)
 class MatrixStack:
-    """P parameters that are laid out alike on every rank, and their state.
+    """P parameters that are laid out alike on every rank, or P matrices of a batched one, and their state.
 
     Attributes:
-        parameters: The P parameters, of one group, shape, layout and dtype.
+        parameters: The P parameters, of one group, shape, layout and dtype; a batched one is by itself.
         kinds: Of the states that the rule keeps.
         counts: Whether this rank's shards count in sums: replicas count once.
         weight: Of this rank's replica in the comparison of replicas; see `Replicas`. 0: there are none.
@@ -64,6 +83,16 @@ class MatrixStack:
     tolerance: Tensor | None
     state: dict[str, Tensor] = field(default_factory=dict)
     bound: list[dict[str, Tensor]] = field(default_factory=list)
+
+    @cached_property
+    def part(self) -> BatchPart | None:
+        """Which matrices of a batched parameter these are; None: they are parameters."""
+        return self.parameters[0].part
+
+    @cached_property
+    def count(self) -> int:
+        """P."""
+        return len(self.parameters) if self.part is None else self.part.count
 
     @cached_property
     def layout(self) -> Layout:
@@ -98,7 +127,8 @@ class MatrixStack:
     @cached_property
     def local_shape(self) -> torch.Size:
         """Of one local shard."""
-        return local_tensor(self.parameters[0].tensor).shape
+        shape = self.parameters[0].local(self.parameters[0].tensor).shape
+        return shape if self.part is None else shape[1:]
 
     @cached_property
     def block_sets(self) -> list[list[int]]:
@@ -124,6 +154,10 @@ class MatrixStack:
                     f"{', '.join(missing)}. Clear all of it to start it anew."
                 )
         self.state = {}
+        if self.part is not None:
+            self.bound = [dict(of_parameters[0])]
+            self.state = {key: self._of_part(self.part, key, of_parameters[0][key]) for key in keys}
+            return
         for key in keys:
             parts = [local_tensor(state[key]) for state in of_parameters]
             if len(parts) == 1:
@@ -135,6 +169,22 @@ class MatrixStack:
                     state[key] = _like(state[key], view)
         self.bound = [dict(state) for state in of_parameters]
 
+    def _of_part(self, part: BatchPart, key: str, state: Tensor) -> Tensor:
+        """These matrices' part of the state of a batched parameter."""
+        if key in ("step", "skipped"):
+            return state.expand(part.count)
+        kind = self.kinds.get(key, "element")
+        return part.local(state) if kind == "element" else part.numbers(state, kind)
+
+    def count_step(self, valid: Tensor, skipped: Tensor) -> None:
+        """Count a step that was taken, or skipped, (P,)."""
+        if self.part is None:
+            self.state["step"] += valid
+            self.state["skipped"] += skipped
+        elif self.part.first == 0:  # one part counts for all
+            self.bound[0]["step"] += valid[0]
+            self.bound[0]["skipped"] += skipped[0]
+
     def is_bound(self, states: Mapping[Tensor, Mapping[str, Any]]) -> bool:
         """Whether the states are still the ones that were bound: nobody has put others in their place."""
         return all(
@@ -142,7 +192,7 @@ class MatrixStack:
             for parameter, bound in zip(self.parameters, self.bound, strict=True)
         )
 
-    def part(self, first: int, end: int) -> MatrixStack:
+    def some(self, first: int, end: int) -> MatrixStack:
         """The stack of some consecutive parameters of this one."""
         return replace(
             self,

@@ -70,7 +70,7 @@ class StatefulOptimizer(GroupedOptimizer):
     @property
     def _added(self) -> dict[str, Any]:
         """Keys of matrix groups that states and checkpoints of older versions may lack, and what absence means."""
-        return {**ADDED_KEYS, **self.fixed}
+        return {**ADDED_KEYS, **self._absent}
 
     def _add_state(self, group: dict[str, Any]) -> None:
         for parameter in group["params"]:
@@ -144,7 +144,9 @@ class StatefulOptimizer(GroupedOptimizer):
         In a key that every group has, since torch.distributed.checkpoint reads no others of a checkpoint.
         """
         if group["orthogonalize"]:
-            words = [f"{key}={group[key]!r}" for key, absent in self.fixed.items() if group.get(key, absent) != absent]
+            words = [
+                f"{key}={group[key]!r}" for key, absent in self._absent.items() if group.get(key, absent) != absent
+            ]
             words += [OWN_MOMENTUM] * self._has_own_momentum(group)
             group["algorithm"] = ", ".join([type(self).__name__, *words])
 
@@ -210,7 +212,7 @@ class StatefulOptimizer(GroupedOptimizer):
     ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Groups and states of this optimizer's own kind, checked."""
         cls = type(self).__name__
-        saved = read(state_dict, parameters, self.param_groups, cls, self.fixed, self._name_algorithm)
+        saved = read(state_dict, parameters, self.param_groups, cls, self._absent, self._name_algorithm)
         states = [plain_form(state, parameter) for state, parameter in zip(saved.states, parameters, strict=True)]
         if holds_fsdp1(self._module()):
             fill_empty(states, parameters)

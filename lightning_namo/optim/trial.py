@@ -18,7 +18,6 @@ from lightning_namo.optim.formulas import HyperParameters
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.optim.run import Answers, Requests, hyper_parameters, kind_of
 from lightning_namo.optim.stack import MatrixParameter, MatrixStack, StateKind, momentum_dtype, statistics_dtype
-from lightning_namo.sharding.local import local_tensor
 from lightning_namo.workspace import Workspace
 
 _MOST_REQUESTS = 100
@@ -197,7 +196,8 @@ class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _stack_like(kinds: Mapping[str, StateKind], parameter: MatrixParameter, count: int) -> MatrixStack:
     """A stack of parameters like one, without memory."""
     layout, dtype = parameter.layout, statistics_dtype(parameter.tensor)
-    shard = torch.empty_like(local_tensor(parameter.tensor), device="meta")
+    shard = torch.empty_like(parameter.local(parameter.tensor), device="meta")
+    shard = shard if parameter.part is None else shard[0]
     state = {key: torch.empty(count, dtype=dtype, device="meta") for key in ("step", "skipped")}
     shape, of = (count, *shard.shape), momentum_dtype(parameter.group) or shard.dtype
     state["momentum_buffer"] = torch.empty(shape, dtype=of, device="meta")

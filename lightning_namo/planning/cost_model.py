@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,7 +24,7 @@ from lightning_namo.planning.traffic import BucketTraffic, overlapped, sent_and_
 from lightning_namo.polar.iteration_dtype import iteration_dtype
 from lightning_namo.routing.names import clean_name
 from lightning_namo.sharding.assignment import Assignment, Matrix, assign
-from lightning_namo.sharding.layout import Rectangle
+from lightning_namo.sharding.batch import BatchLayout, divide
 
 DIVIDED = {  # by tensor parallelism, over which dimension
     "*.attn.c_attn.*": 0,
@@ -203,15 +203,15 @@ def estimate(
     """
     parameters, _, exchange = optimizer._prepare()
     dtype = dtype or iteration_dtype(exchange.device.type)
-    whole, R = tuple(exchange.matrices), mesh.ranks
-    dims = find_divided(optimizer, mesh, divided)
+    dims, R = find_divided(optimizer, mesh, divided), mesh.ranks
+    whole, parameters = divide_batches(exchange.matrices, parameters, mesh, dims)
     assignment = assign(published_matrices(whole, parameters, mesh, dims), exchange.bucket_bytes)
     traffic = [BucketTraffic.of(assignment, bucket, whole, R) for bucket in assignment.buckets]
     buffers = peak_buffers(optimizer, assignment, parameters, traffic, R, dtype)
     memory = local_memory(optimizer, mesh, dims)
     owned, flops = [0] * R, [0] * R
     for owner, matrix in zip(assignment.owners, whole, strict=True):
-        owned[owner] += 1
+        owned[owner] += matrix.count
         flops[owner] += matrix.cost
     sent, received = ([sum(of_rank) for of_rank in zip(*lists, strict=True)] for lists in sent_and_received(traffic))
     ranks = tuple(map(Rank, owned, flops, sent, received, buffers, *memory))
@@ -239,6 +239,34 @@ def estimate(
     )
 
 
+def divide_batches(
+    whole: Sequence[Matrix],
+    parameters: Sequence[MatrixParameter],
+    mesh: SimulatedMesh,
+    divided: Mapping[Tensor, int | None],
+) -> tuple[tuple[Matrix, ...], list[MatrixParameter]]:
+    """The matrices and their parameters, batched ones in the parts that the ranks of a mesh would make of them."""
+    matrices: list[Matrix] = []
+    found: list[MatrixParameter] = []
+    for matrix, parameter in zip(whole, parameters, strict=True):
+        if parameter.part is None:
+            matrices.append(matrix)
+            found.append(parameter)
+            continue
+        of, dim = parameter.part.of, divided[parameter.tensor]
+
+        def on(shard: int, tensor: int, of: BatchLayout = of, dim: int | None = dim) -> BatchLayout:
+            return replace(of, region=mesh.region(of.shape, shard, tensor, dim))
+
+        for first, last in divide(mesh.each(on)):
+            part = of.part(first, last)
+            name = matrix.name if part.count == of.count else f"{matrix.name}[{first}:{last}]"
+            found.append(replace(parameter, name=name, part=part))
+            cost = matrix.cost * part.count // of.count
+            matrices.append(replace(matrix, name=name, cost=cost, count=part.count))
+    return tuple(matrices), found
+
+
 def published_matrices(
     whole: Sequence[Matrix],
     parameters: Sequence[MatrixParameter],
@@ -254,14 +282,18 @@ def published_matrices(
         divided: The dimension of each parameter that tensor parallelism divides.
     """
 
-    def of(shard: int, part: int) -> list[Matrix]:
-        known: dict[tuple[Any, ...], Rectangle] = {}
+    def of(shard: int, tensor: int) -> list[Matrix]:
+        known: dict[tuple[Any, ...], Any] = {}
         rows = []
         for matrix, parameter in zip(whole, parameters, strict=True):
-            key = parameter.layout.shape, divided[parameter.tensor]
+            part, dim = parameter.part, divided[parameter.tensor]
+            shape = (parameter.layout if part is None else part.of).shape
+            key = shape, dim, *(() if part is None else (part.first, part.last))
             if key not in known:
-                known[key] = mesh.region(key[0], shard, part, key[1])
-            rows.append(Matrix(matrix.name, matrix.shape, matrix.dtype, matrix.cost, known[key]))
+                region = known[key] = mesh.region(shape, shard, tensor, dim)
+                if part is not None:
+                    known[key] = replace(part.of, region=region).part(part.first, part.last).layout.region
+            rows.append(replace(matrix, region=known[key], kind=()))
         return rows
 
     return mesh.each(of)
@@ -281,18 +313,24 @@ def _all_reduces(
     """
     groups = [group["params"] for group in optimizer.param_groups if not group["orthogonalize"]]
     itemsize = 8 if any(parameter.tensor.dtype == torch.float64 for parameter in parameters) else 4
-    requests = [optimizer.requests(parameter) for parameter in parameters]
-    first = [r.sums[0] if r.sums_first else len(p.layout.blocks) for r, p in zip(requests, parameters, strict=True)]
-    numbers = sum(first) + len(parameters)
+    kinds = {(id(p.group), p.layout.shape): p for p in parameters}
+    of_kind = {kind: optimizer.requests(parameter) for kind, parameter in kinds.items()}
+    requests = [of_kind[id(p.group), p.layout.shape] for p in parameters]
+    first = [
+        p.count * (r.sums[0] if r.sums_first else len(p.layout.blocks))
+        for r, p in zip(requests, parameters, strict=True)
+    ]
+    matrices = sum(p.count for p in parameters)
+    numbers = sum(first) + matrices
     numbers += sum(1 + 2 * len(params) for params in groups if params) + 2 * ranks
     if replicated:
-        numbers += len(parameters) + 2 * sum(map(len, groups))
+        numbers += matrices + 2 * sum(map(len, groups))
     size = numbers * (8 if replicated else itemsize)
-    size += itemsize * sum(sum(r.sums[r.sums_first :]) for r in requests)
+    size += itemsize * sum(p.count * sum(r.sums[r.sums_first :]) for r, p in zip(requests, parameters, strict=True))
     leading = max(r.leading - r.sums_first for r in requests)
     later = max(r.kinds[r.leading :].count("sum") for r in requests)
     return 1 + leading + later * buckets, size
 
 
 def _bytes(matrix: Matrix) -> int:
-    return math.prod(matrix.shape) * matrix.dtype.itemsize
+    return matrix.count * math.prod(matrix.shape) * matrix.dtype.itemsize

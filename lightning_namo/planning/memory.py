@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,17 @@ def peak_buffers(
     dtype: torch.dtype,
 ) -> list[int]:
     """By rank: the most bytes in use at a time in a step, above parameters, gradients and state."""
-    of_buckets = [_Scratch.of(optimizer, assignment, parameters, bucket, ranks, dtype) for bucket in assignment.buckets]
+    known: dict[Any, Any] = {}
+
+    def scratch_of(parameter: MatrixParameter, count: int) -> Any:
+        key = id(parameter.group), parameter.layout.shape, parameter.tensor.dtype, count
+        if key not in known:
+            known[key] = optimizer.scratch(parameter, count)
+        return known[key]
+
+    of_buckets = [
+        _Scratch.of(scratch_of, assignment, parameters, bucket, ranks, dtype) for bucket in assignment.buckets
+    ]
     peaks = [0] * ranks
     for rank in range(ranks):
         none = _Scratch()
@@ -74,7 +84,7 @@ class _Scratch:
     @classmethod
     def of(
         cls,
-        optimizer: OrthogonalizedOptimizer,
+        scratch: Callable[[MatrixParameter, int], Any],
         assignment: Assignment,
         parameters: Sequence[MatrixParameter],
         bucket: Sequence[int],
@@ -85,7 +95,8 @@ class _Scratch:
         found = [cls() for _ in range(ranks)]
         stacks: dict[tuple[int, tuple[int, int]], list[int]] = defaultdict(list)
         for index in bucket:
-            itemsize, owner = parameters[index].wire_dtype.itemsize, assignment.owners[index]
+            itemsize = parameters[index].count * parameters[index].wire_dtype.itemsize
+            owner = assignment.owners[index]
             found[owner].owned += math.prod(parameters[index].layout.stored) * itemsize
             found[owner].own += assignment.regions[owner][index].numel * itemsize
             for rank in range(ranks):
@@ -93,21 +104,24 @@ class _Scratch:
             stacks[owner, parameters[index].layout.stored].append(index)
         squares: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
         for (owner, _), indices in stacks.items():
-            of_rule, first = optimizer.scratch(parameters[indices[0]], len(indices)), parameters[indices[0]]
+            first = parameters[indices[0]]
+            of_rule = scratch(first, sum(parameters[i].count for i in indices))
             for rank in range(ranks):
-                numel, one = sum(assignment.regions[rank][i].numel for i in indices), found[rank]
+                numel, one = sum(parameters[i].count * assignment.regions[rank][i].numel for i in indices), found[rank]
                 one.leading = max(one.leading, round(of_rule.leading * numel))
                 one.directing = max(one.directing, round(of_rule.directing * numel))
                 one.applied = max(one.applied, round(of_rule.applied * numel))
                 one.held += round(of_rule.held * numel)
                 one.waiting += round(of_rule.waiting * numel)
-            for m, n in (shape for i in indices for shape in parameters[i].layout.matrix_shapes):
+            members = [parameters[i] for i in indices]
+            shapes = [(member.count, shape) for member in members for shape in member.layout.matrix_shapes]
+            for count, (m, n) in shapes:
                 short, wire = min(m, n), first.wire_dtype
-                squares[owner][short] += (m * n + 4 * short * short) * dtype.itemsize
+                squares[owner][short] += count * (m * n + 4 * short * short) * dtype.itemsize
                 if dtype != wire:  # it ends in a tensor of its own; the results are made after the squares are freed
-                    squares[owner][short] += m * n * (dtype.itemsize - wire.itemsize)
+                    squares[owner][short] += count * m * n * (dtype.itemsize - wire.itemsize)
             if first.group["orthogonalizer"] == "svd":
-                sizes = [math.prod(parameters[i].layout.stored) * parameters[i].tensor.itemsize for i in indices]
+                sizes = [count * m * n * first.tensor.itemsize for count, (m, n) in shapes]
                 found[owner].working = max(found[owner].working, int(SVD_WORKSPACE * sum(sizes)))
         for owner, of_shorts in squares.items():
             found[owner].working = max(found[owner].working, *of_shorts.values())

@@ -44,6 +44,83 @@ class Llama(nn.Module):
         self.output = nn.Linear(dim, vocab_size, bias=False)
 
 
+class Experts(nn.Module):
+    """The parameters of a mixture of experts' feed-forward layer as transformers keeps them; it computes nothing.
+
+    Args:
+        count: Experts.
+        dim: Channels.
+        hidden: Channels within each expert.
+    """
+
+    is_transposed = False
+
+    def __init__(self, count: int, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(count, 2 * hidden, dim))
+        self.down_proj = nn.Parameter(torch.empty(count, dim, hidden))
+
+
+class MixtureOfExperts(nn.Module):
+    """The parameters of a language model with a mixture of experts in each block, after some dense ones.
+
+    Args:
+        n_layers: Transformer blocks.
+        dim: Channels.
+        attention: Rows and columns of the attention's matrices, by name.
+        experts: Experts in a block, beside those that see every token.
+        hidden: Channels within each expert.
+        shared: Channels within the experts that see every token; 0: there are none.
+        dense: Blocks with a feed-forward layer in place of experts, and the channels within it.
+        vocab_size: Tokens in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        dim: int,
+        attention: dict[str, tuple[int, int]],
+        experts: int,
+        hidden: int,
+        vocab_size: int,
+        shared: int = 0,
+        dense: tuple[int, int] = (0, 0),
+    ) -> None:
+        super().__init__()
+
+        def feed_forward(hidden: int) -> nn.Module:
+            sizes = {"w1": (dim, hidden), "w2": (hidden, dim), "w3": (dim, hidden)}
+            return nn.ModuleDict({name: nn.Linear(*size, bias=False) for name, size in sizes.items()})
+
+        self.tok_embeddings = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList()
+        for number in range(n_layers):
+            projections = {name: nn.Linear(columns, rows, bias=False) for name, (rows, columns) in attention.items()}
+            layer: dict[str, nn.Module] = {"attention": nn.ModuleDict(projections)}
+            if number < dense[0]:
+                layer["feed_forward"] = feed_forward(dense[1])
+            else:
+                layer["experts"] = Experts(experts, dim, hidden)
+                if shared:
+                    layer["feed_forward"] = feed_forward(shared)
+            self.layers.append(nn.ModuleDict(layer))
+        self.norm = nn.RMSNorm(dim)
+        self.output = nn.Linear(dim, vocab_size, bias=False)
+
+
+def _mixtral() -> nn.Module:
+    dim, kv_dim = 4096, 1024
+    attention = {"wq": (dim, dim), "wk": (kv_dim, dim), "wv": (kv_dim, dim), "wo": (dim, dim)}
+    return MixtureOfExperts(32, dim, attention, experts=8, hidden=14336, vocab_size=32000)
+
+
+def _deepseek_v3() -> nn.Module:
+    dim, heads = 7168, 128
+    attention = {"q_a": (1536, dim), "q_b": (heads * 192, 1536), "kv_a": (576, dim), "kv_b": (heads * 256, 512)}
+    attention["o"] = (dim, heads * 128)
+    return MixtureOfExperts(61, dim, attention, 256, 2048, vocab_size=129280, shared=2048, dense=(3, 18432))
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     # Radford et al. 2019, table 2, the vocabulary padded to 50304; 480 x 1024 tokens a step as in arXiv 2602.17080.
     "gpt2_small": (lambda: GPT2(GPT2Config(n_layer=12, n_head=12, n_embd=768)), 480 * 1024),
@@ -53,6 +130,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     # up to a multiple of 256, for 70B of 4096; keys and values of 70B have 8 heads of 128.
     "llama_7b": (lambda: Llama(n_layers=32, dim=4096, hidden=11008, kv_dim=4096), 4 * 2**20),
     "llama_70b": (lambda: Llama(n_layers=80, dim=8192, hidden=28672, kv_dim=1024), 4 * 2**20),
+    # arXiv 2401.04088, table 1 (the batch, not published, is Llama's); arXiv 2412.19437, section 4.2. Without routers.
+    "mixtral_8x7b": (_mixtral, 4 * 2**20),
+    "deepseek_v3": (_deepseek_v3, 15360 * 4096),
 }
 """Shapes by name: what builds them, and the tokens of an optimizer step that they were trained with."""
 
@@ -105,13 +185,7 @@ def recipe_optimizer(module: nn.Module, callback: OptimizerCallback) -> Orthogon
     Raises:
         ValueError: If it is not one of this package, or the module has no matrices.
     """
-    optimizer = build_optimizer(
-        module,
-        callback.optimizer,
-        adamw=callback.adamw,
-        orthogonalize=callback.orthogonalize,
-        blocks=callback.blocks,
-    )
+    optimizer = build_optimizer(module, callback.optimizer, **callback.routing)
     if not isinstance(optimizer, OrthogonalizedOptimizer):
         raise ValueError(
             f"Expected a subclass of OrthogonalizedOptimizer, as NAMO, whose work is shared out. Got "

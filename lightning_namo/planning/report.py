@@ -49,7 +49,8 @@ def plan(
 
     Args:
         ranks: Number of ranks.
-        model: A LightningModule's class, as for `fit`, or gpt2_small, gpt2_medium, gpt2_large, llama_7b, llama_70b.
+        model: A LightningModule's class, as for `fit`, or gpt2_small, gpt2_medium, gpt2_large, llama_7b, llama_70b,
+            mixtral_8x7b, deepseek_v3.
         layout: ddp, fsdp2, hsdp or fsdp2_tp; by default the recipe's strategy, without a recipe fsdp2.
         replicas: Copies of the sharded model, of hsdp and fsdp2_tp; by default the recipe's, or ranks / 8 for hsdp.
         tensor: Ranks that share each block, of fsdp2_tp; by default the recipe's, or 2.

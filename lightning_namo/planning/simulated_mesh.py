@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_namo.sharding.batch import Box
 from lightning_namo.sharding.layout import Rectangle, stored_shape
 
 LAYOUTS = ("ddp", "fsdp2", "hsdp", "fsdp2_tp")
@@ -60,7 +61,7 @@ class SimulatedMesh:
         """How many there are."""
         return self.replicas * self.shards * self.tensor
 
-    def region(self, shape: Sequence[int], shard: int, part: int, divided: int | None = None) -> Rectangle:
+    def region(self, shape: Sequence[int], shard: int, part: int, divided: int | None = None) -> Rectangle | Box:
         """The region of a parameter that a rank holds.
 
         Args:
@@ -77,6 +78,11 @@ class SimulatedMesh:
             inner = cols // shape[1]
             col, col_end = (bound * inner for bound in chunk(shape[1], self.tensor, part))
         first, last = chunk(end - begin, self.shards, shard)
+        if divided is not None and divided > 1:
+            offset, size = [first, *(0 for _ in shape[1:])], [last - first, *shape[1:]]
+            begin, end = chunk(shape[divided], self.tensor, part)
+            offset[divided], size[divided] = begin, end - begin
+            return Box(tuple(shape), tuple(offset), tuple(size))
         region = Rectangle(begin + first, begin + last, col, col_end)
         return region if region.numel else Rectangle(0, 0, 0, 0)
 

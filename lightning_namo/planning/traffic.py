@@ -23,7 +23,7 @@ class BucketTraffic:
         """From who owns, sends and receives what."""
         traffic = cls(*([0] * ranks for _ in range(5)))
         for index in bucket:
-            owner, itemsize = assignment.owners[index], whole[index].dtype.itemsize
+            owner, itemsize = assignment.owners[index], whole[index].count * whole[index].dtype.itemsize
             traffic.flops[owner] += whole[index].cost
             for region, sender in assignment.senders[index].items():
                 if sender != owner:

@@ -48,6 +48,34 @@ def overrule(candidates: list[Candidate], adamw: str | Iterable[str], orthogonal
         candidate.adamw, candidate.glob = None, glob
 
 
+def set_batches(
+    candidates: list[Candidate],
+    batched: str | Iterable[str],
+    transposed: str | Iterable[str],
+    matrix: str | Iterable[str],
+) -> None:
+    """Let the user say what is a batch of matrices, what is one, and in which orientation they are stored."""
+    told: dict[str, str] = {}
+    for keyword, globs in (("batched", batched), ("matrix", matrix)):
+        for candidate, found in _match(keyword, globs, candidates):
+            words = f"glob {found[0]!r} in {keyword}"
+            if candidate.name in told:
+                raise ValueError(
+                    f"Expected one glob to decide on {candidate.name}, but got {told[candidate.name]} and {words}. "
+                    "Narrow one."
+                )
+            told[candidate.name] = words
+            if keyword == "batched" and len(candidate.shape) < 3:
+                raise ValueError(
+                    f"Expected {words} to match parameters of three or more dimensions, a batch along the first, but "
+                    f"{candidate.name} has shape {candidate.shape}. Narrow the glob."
+                )
+            candidate.batched, candidate.batch_words = keyword == "batched", words
+    for candidate, found in _match("transposed", transposed, candidates):
+        candidate.turned = True
+        candidate.batch_words += f", glob {found[0]!r} in transposed" if candidate.batched else ""
+
+
 def set_blocks(candidates: list[Candidate], blocks: Mapping[str, int | Sequence[int]]) -> None:
     """Divide matrices into row blocks as the user asks."""
     for candidate, globs in _match("blocks", blocks, candidates):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from lightning_namo.sharding.batch import Batched
 from lightning_namo.sharding.layout import stored_shape
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -52,6 +53,9 @@ class Candidate:
     adamw: str | None = None  # why it takes AdamW; None: it is a matrix
     glob: str | None = None  # the glob that overruled the routing, in words
     blocks: int | list[int] = 1
+    batched: Batched = False
+    batch_words: str = ""  # why it is, or what was assumed
+    turned: bool | None = None  # whether the user says that rows are input features; None: nothing
 
     @property
     def name(self) -> str:
@@ -62,12 +66,24 @@ class Candidate:
     def transposed(self) -> bool:
         """Whether it is stored with input features as rows."""
         owner = self.uses[0].owner
+        if self.turned is not None:
+            return self.turned
+        if self.batched is True:
+            return getattr(owner, "is_transposed", False) is True  # what transformers' experts declare
         return isinstance(owner, _TRANSPOSED_CONVS) or is_hugging_face_conv1d(owner)
 
     @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and columns of the matrix, or of each of a batch, as stored."""
+        if self.batched is True:
+            return stored_shape(self.shape[1:])
+        rows, columns = stored_shape(self.shape)
+        return rows // (int(self.batched) or 1), columns
+
+    @property
     def rows(self) -> int:
-        """Rows of the true matrix: output features."""
-        return stored_shape(self.shape)[self.transposed]
+        """Rows of the true matrix, or of each of a batch: output features."""
+        return self.stored[self.transposed]
 
     @property
     def template(self) -> dict[str, Any]:
@@ -76,16 +92,23 @@ class Candidate:
             return {"name": "adamw", "orthogonalize": False}
         sizes = [self.blocks] if isinstance(self.blocks, int) else self.blocks
         suffix = "" if self.blocks == 1 else "_blocks_" + "_".join(map(str, sizes))
-        name = f"matrices{'_transposed' * self.transposed}{suffix}"
-        return {"name": name, "orthogonalize": True, "transposed": self.transposed, "blocks": self.blocks}
+        batch = f"_batched{'' if self.batched is True else f'_{self.batched}'}" if self.batched else ""
+        name = f"matrices{batch}{'_transposed' * self.transposed}{suffix}"
+        keys: dict[str, Any] = {"transposed": self.transposed, "blocks": self.blocks}
+        keys |= {"batched": self.batched} if self.batched else {}
+        return {"name": name, "orthogonalize": True, **keys}
 
     @property
     def route(self) -> Route:
         """Where it goes, and why, in words."""
         words = [self.glob or self.adamw or "matrix"]
-        if self.adamw is None and len(self.shape) > 2:
+        if self.adamw is None and self.batched:
+            count = self.shape[0] if self.batched is True else self.batched
+            features = "input" if self.transposed else "output"
+            words = [f"{count} matrices {times(self.stored)}, {features} features as rows, {self.batch_words}"]
+        elif self.adamw is None and len(self.shape) > 2:
             words.append(f"flattened to {times(stored_shape(self.shape))}")
-        if self.adamw is None and self.transposed:
+        if self.adamw is None and self.transposed and not self.batched:
             words.append("stored transposed")
         if len(self.uses) > 1:
             more = f" and {len(self.uses) - 2} more" if len(self.uses) > 2 else ""
@@ -166,6 +189,47 @@ def adamw_reason(candidate: Candidate, heads: set[nn.Parameter]) -> str | None:
     if any(_EMBEDDING_NAME.search(use.label.lower()) and not _is_layer(use.owner) for use in candidate.uses):
         return "embedding by its name"
     return None
+
+
+# How transformers' classes that do not declare it keep bare parameters: by their labels (the last one: all others),
+# whether they are batches of matrices (or what says how many are in dimension 0), and whether input features are rows.
+_KNOWN: dict[str, dict[str, tuple[bool | str, bool]]] = {
+    "DbrxExpertGLU": {"w2": ("moe_num_experts", True), "": ("moe_num_experts", False)},
+    "FunnelRelMultiheadAttention": {"": (False, True)},
+    "GroupedLinearLayer": {"": (True, True)},  # ConvBERT's
+    "Llama4TextExperts": {"": (True, True)},
+    "RecurrentGemmaRglru": {"": (True, True)},
+    "XLNetRelativeAttention": {"o": (False, False), "": (False, True)},
+}
+
+
+def _known(owner: nn.Module, label: str) -> tuple[Batched, bool] | None:
+    """Batch and orientation of a parameter of one of transformers' classes; None: it is none of those."""
+    for cls in type(owner).__mro__:
+        if cls.__module__.startswith("transformers.") and cls.__name__ in _KNOWN:
+            of = _KNOWN[cls.__name__]
+            batched, transposed = of.get(label, of[""])
+            return (getattr(owner, batched) if isinstance(batched, str) else batched), transposed
+    return None
+
+
+def find_batch(candidate: Candidate) -> None:
+    """Find out whether a matrix is a batch of matrices: experts, or the groups of a convolution."""
+    (_, label, owner), shape = candidate.uses[0], candidate.shape
+    if isinstance(owner, _CONVS) and owner.groups > 1:
+        is_across = isinstance(owner, _TRANSPOSED_CONVS)
+        if stored_shape(shape)[0] == owner.groups or (shape[1] == 1 and not is_across):
+            candidate.adamw = "depthwise convolution"
+        else:
+            candidate.batched, candidate.batch_words = owner.groups, "one for each group of the convolution"
+    elif (known := _known(owner, label)) is not None:
+        candidate.batched, candidate.turned = known
+        candidate.batch_words = f"as {type(owner).__name__} uses them"
+    elif len(shape) == 3 and min(shape[1:]) > 1 and not _is_layer(owner):
+        candidate.batched = True
+        declared = isinstance(getattr(owner, "is_transposed", None), bool)
+        declares = f"declared by {type(owner).__name__}"
+        candidate.batch_words = declares if declared else "assumed of a bare parameter: see batched, transposed, matrix"
 
 
 def times(shape: Sequence[int]) -> str:

@@ -15,9 +15,18 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_namo.routing.globs import overrule, set_blocks
+from lightning_namo.routing.globs import overrule, set_batches, set_blocks
 from lightning_namo.routing.names import walk
-from lightning_namo.routing.reasons import Candidate, Use, adamw_reason, declared_heads, head_by_width, times
+from lightning_namo.routing.reasons import (
+    Candidate,
+    Use,
+    adamw_reason,
+    declared_heads,
+    find_batch,
+    head_by_width,
+    times,
+)
+from lightning_namo.sharding.batch import Box
 from lightning_namo.sharding.discovery import find_regions, reshard
 from lightning_namo.sharding.layout import ShardRegion
 
@@ -71,15 +80,21 @@ def split_parameters(
     adamw: str | Iterable[str] = (),
     orthogonalize: str | Iterable[str] = (),
     blocks: Mapping[str, int | Sequence[int]] | None = None,
+    batched: str | Iterable[str] = (),
+    transposed: str | Iterable[str] = (),
+    matrix: str | Iterable[str] = (),
 ) -> ParameterGroups:
     """Split a module's parameters into hidden matrices, to be orthogonalized, and the rest, for AdamW.
 
     AdamW takes embeddings; output heads (tied to an embedding, returned by Hugging Face's
     ``get_output_embeddings()``, or the last Linear as wide as an embedding's vocabulary); norms; biases,
     vectors and scalars, also with dimensions of size 1 (class tokens, LayerScale); bare parameters called
-    "...embed...", "emb" or "pos" (position tables); complex parameters. Everything else of two or more dimensions
-    is a matrix, flattened from dimension 1. Frozen parameters are in no group. Globs (`fnmatch`, case-sensitive) see
-    all names of a parameter, cleaned of ``_orig_mod.``, ``_fsdp_wrapped_module.`` and the like.
+    "...embed...", "emb" or "pos" (position tables); depthwise convolutions; complex parameters. Everything else of two
+    or more dimensions is a matrix, flattened from dimension 1, but for batches of them: a bare parameter of three
+    dimensions (experts: along the first, in the orientation that transformers' classes declare, else with output
+    features as rows), and a grouped convolution, a matrix for each group. Frozen parameters are in no group. Globs
+    (`fnmatch`, case-sensitive) see all names of a parameter, cleaned of ``_orig_mod.``, ``_fsdp_wrapped_module.`` and
+    the like.
 
     Args:
         module: The module, before or after a strategy has sharded or wrapped it.
@@ -87,6 +102,9 @@ def split_parameters(
         orthogonalize: Globs of parameters to orthogonalize whatever the routing says.
         blocks: Glob -> how the rows (output features) of a parameter divide into matrices of their own, as in
             fused q/k/v: a number of equal blocks, or the row count of each block in order.
+        batched: Globs of parameters that are batches of matrices along their first dimension, such as experts.
+        transposed: Globs of parameters that are stored with input features as rows; so are the matrices of a batch.
+        matrix: Globs of parameters that are one matrix, flattened from dimension 1, and no batch.
 
     Returns:
         The groups, ready for ``torch.optim.Optimizer``, those of matrices first.
@@ -107,7 +125,10 @@ def split_parameters(
     heads = {*declared_heads(module), *head_by_width(module)}
     for candidate in candidates:
         candidate.adamw = adamw_reason(candidate, heads)
+        if candidate.adamw is None:
+            find_batch(candidate)
     overrule(candidates, adamw, orthogonalize)
+    set_batches(candidates, batched, transposed, matrix)
     set_blocks(candidates, blocks or {})
     if not any(candidate.adamw is None and candidate.parameter.requires_grad for candidate in candidates):
         listed = [f"{candidate.name} ({candidate.route.reason})" for candidate in candidates]
@@ -120,7 +141,7 @@ def split_parameters(
     return ParameterGroups(module, candidates, regions)
 
 
-_Regions = dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion]]
+_Regions = dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion | Box]]
 
 
 def _find_candidates(module: nn.Module, regions: _Regions) -> list[Candidate]:

@@ -14,6 +14,7 @@ import torch
 from lightning_namo.sharding.agreement import check_agreement, check_cover
 from lightning_namo.sharding.layout import ShardRegion
 
+_STAYING = 4 / 3  # of an even share of the work: up to there a rank works on what it holds, so that nothing is sent
 _OVERLAPPING = 3  # buckets from which on communication overlaps with work
 
 
@@ -28,6 +29,8 @@ class Matrix:
         cost: Of the work on it, in any unit (FLOPs).
         region: The part that this rank holds.
         kind: Matrices of one kind may be stacked and worked on together.
+        count: How many such matrices it stands for, which are laid out alike and stored one after the other.
+        stays: Whether the only rank that holds all of it is to own it, so that nothing is sent.
     """
 
     name: str
@@ -36,6 +39,8 @@ class Matrix:
     cost: int
     region: ShardRegion
     kind: Hashable = ()
+    count: int = 1
+    stays: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,9 +162,33 @@ def assign(published: Sequence[Sequence[Matrix]], bucket_bytes: int) -> Assignme
     check_agreement([[(m.name, m.shape, m.dtype) for m in matrices] for matrices in published])
     matrices = published[0]
     regions = tuple(tuple(m.region for m in rank) for rank in published)
-    owners = _keep_local(assign_owners([m.cost for m in matrices], len(published)), regions)
+    owners = _owners(matrices, regions)
     senders = _senders(matrices, owners, regions)
     return Assignment(owners, regions, senders, _buckets(matrices, owners, bucket_bytes))
+
+
+def _owners(matrices: Sequence[Matrix], regions: tuple[tuple[ShardRegion, ...], ...]) -> tuple[int, ...]:
+    """Owners of all matrices.
+
+    Those that stay are owned by the only rank that holds them, up to `_STAYING` times an even share of the work; the
+    others by load, and by what ranks hold.
+    """
+    costs, ranks = [m.cost for m in matrices], range(len(regions))
+    share = max(sum(costs) / len(ranks), max(costs, default=0))
+    loads, homes = [0] * len(ranks), dict[int, int]()
+    order = sorted(range(len(matrices)), key=lambda i: (-costs[i], i))
+    for index in order:
+        holders = [rank for rank in ranks if matrices[index].stays and regions[rank][index].numel]
+        if len(holders) == 1 and loads[holders[0]] + costs[index] <= _STAYING * share:
+            homes[index] = holders[0]
+            loads[holders[0]] += costs[index]
+    if not homes:
+        return _keep_local(assign_owners(costs, len(ranks)), regions)
+    for index in order:
+        if index not in homes:
+            homes[index] = min(ranks, key=lambda rank: (loads[rank], -regions[rank][index].numel, rank))
+            loads[homes[index]] += costs[index]
+    return tuple(homes[i] for i in range(len(matrices)))
 
 
 def _keep_local(owners: tuple[int, ...], regions: tuple[tuple[ShardRegion, ...], ...]) -> tuple[int, ...]:
@@ -220,7 +249,7 @@ def _buckets(matrices: Sequence[Matrix], owners: tuple[int, ...], bucket_bytes: 
     """
     buckets: list[tuple[int, ...]] = []
     for dtype in sorted({m.dtype for m in matrices}, key=str):
-        sizes = {i: math.prod(m.shape) * dtype.itemsize for i, m in enumerate(matrices) if m.dtype == dtype}
+        sizes = {i: m.count * math.prod(m.shape) * dtype.itemsize for i, m in enumerate(matrices) if m.dtype == dtype}
         of_owner: dict[int, list[int]] = defaultdict(list)
         for index in sorted(sizes, key=lambda i: (-matrices[i].cost, matrices[i].shape, i)):
             of_owner[owners[index]].append(index)

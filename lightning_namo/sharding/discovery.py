@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FlatParameter, FSDPModule, FullyShardedDataPa
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from lightning_namo.sharding.batch import Box
 from lightning_namo.sharding.layout import FlatRange, Rectangle, ShardRegion, stored_shape
 from lightning_namo.sharding.local import local_tensor
 
@@ -51,11 +52,11 @@ def shard_counts(module: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
     return [counts.get(parameter, 1) for parameter in parameters]
 
 
-def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, ...], ShardRegion]:
+def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, ...], ShardRegion | Box]:
     """Full shape of a plain or DTensor parameter, and the region that this process holds.
 
     Raises:
-        ValueError: For a placement that is no rectangle of the stored matrix.
+        ValueError: For a placement of partial sums.
     """
     shape = tuple(parameter.shape)
     rows, cols = stored_shape(shape)
@@ -63,12 +64,14 @@ def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, 
         return shape, Rectangle(0, rows, 0, cols)
     placements = parameter.placements
     sharded = {p.dim for p in placements if hasattr(p, "dim")}
-    if any(p.is_partial() for p in placements) or any(dim > 1 for dim in sharded):
+    if any(p.is_partial() for p in placements):
         raise ValueError(
-            f"Expected {name} {shape} to be replicated or sharded over dimension 0 or 1, but its placements are "
-            f"{placements}. Shard it over dimension 0 or 1, or route it to AdamW (adamw=...)."
+            f"Expected {name} {shape} to be replicated or sharded, but its placements are {placements}. Shard it over "
+            "dimension 0 or 1, or route it to AdamW (adamw=...)."
         )
     local, offset = compute_local_shape_and_global_offset(shape, parameter.device_mesh, placements)
+    if any(dim > 1 for dim in sharded):
+        return shape, Box(shape, tuple(offset), tuple(local))
     if math.prod(local) == 0:
         return shape, Rectangle(0, 0, 0, 0)
     inner = math.prod(shape[2:])
@@ -76,7 +79,7 @@ def region_of(parameter: Tensor, name: str = "a parameter") -> tuple[tuple[int, 
     return shape, Rectangle(row, row + stored_shape(local)[0], col, col + stored_shape(local)[1])
 
 
-def part_of(parameter: Tensor, region: ShardRegion | None) -> Hashable:
+def part_of(parameter: Tensor, region: ShardRegion | Box | None) -> Hashable:
     """A value that differs between different parts of a parameter; None where this rank holds nothing of it.
 
     Args:
@@ -94,7 +97,7 @@ def part_of(parameter: Tensor, region: ShardRegion | None) -> Hashable:
     return tuple(local), tuple(offset)
 
 
-def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion]]:
+def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion | Box]]:
     """Full shape and local region of every parameter of a module, under whatever strategy it is trained.
 
     Plain parameters are whole; DTensors (FSDP2, HSDP, tensor parallelism) have their placements; FSDP1's flat ranges
@@ -104,7 +107,7 @@ def find_regions(module: nn.Module) -> dict[nn.Parameter, tuple[tuple[int, ...],
         ValueError: For FSDP1 without ``use_orig_params=True`` or without its outermost unit, or a placement that
             cannot be served.
     """
-    regions: dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion]] = {}
+    regions: dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion | Box]] = {}
     for unit in FullyShardedDataParallel.fsdp_modules(module):
         handle = unit._handle
         if handle is None or handle.flat_param._params is None:

@@ -155,8 +155,8 @@ class Exchange:
         total = 0
         for stacks, *specs in zip(self.buckets, self._shard_specs, self._result_specs, strict=True):
             for _, place, region in (send for spec in specs for send in spec.sends):
-                indices = stacks[place].indices
-                total += len(indices) * region.numel * self.matrices[indices[0]].dtype.itemsize
+                members = [self.matrices[index] for index in stacks[place].indices]
+                total += sum(m.count for m in members) * region.numel * members[0].dtype.itemsize
         return total
 
     def is_primary_replica(self, index: int) -> bool:

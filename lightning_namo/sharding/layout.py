@@ -279,6 +279,14 @@ class Layout:
             parts.append(torch.where(-smallest > largest, smallest, largest).view(len(local), -1))
         return torch.cat(parts, dim=1).view(len(local), *self.statistic_shape(kind))
 
+    def spread_state(self, numbers: Tensor, kind: StatisticKind, shape: torch.Size) -> Tensor:
+        """Numbers of `statistic_shape`, laid out like the local shard of that shape."""
+        return self.spread(self.by_block(numbers[None], kind), shape)[0].expand(shape)
+
+    def collect_state(self, local: Tensor, kind: StatisticKind) -> Tensor:
+        """The inverse of `spread_state`; see `collect`."""
+        return self.collect(local[None], kind)[0]
+
     def _true_bounds(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows and columns of the true matrix that the local rectangle spans."""
         rows, cols = (self.region.row, self.region.row_end), (self.region.col, self.region.col_end)

@@ -107,6 +107,7 @@ class _Checked:
         self.of_shape(self.shapes[0])
         self._try(self.knows_rows_from_columns, "trains matrices that are stored transposed")
         self._try(self.takes_blocks, "trains a parameter of several blocks")
+        self._try(self.takes_batches, "trains a parameter of several experts")
         self._try(self.skips_unusable_gradients, "takes a step in which a gradient is missing, NaN or infinite")
         self._try(self.takes_tensors_as_rates, "takes steps with tensors as learning rate and weight decay")
         self._try(self.survives_zero_gradients, "takes steps with gradients of zero")
@@ -260,6 +261,19 @@ class _Checked:
                 weights,
             )
 
+    def takes_batches(self) -> None:
+        """Experts in one parameter are trained as matrices of their own, whole and in shards."""
+        whole, grads = torch.stack(self.weights), [torch.stack(of_step) for of_step in self.grads]
+        apart = [self._train([w], [[of_step[i]] for of_step in self.grads])[0] for i, w in enumerate(self.weights)]
+        for batched in (None, True):
+            optimizer = self._optimizer([whole], batched, experts=True)
+            self._steps(optimizer, [[grad] for grad in grads])
+            (found,) = _results(optimizer)
+            parts = [{key: value if value.dim() == 0 else value[i] for key, value in found.items()} for i in range(3)]
+            self._same(
+                parts, apart, _EXACT, "as an expert among others in one parameter as by itself. x ranges over experts."
+            )
+
     def skips_unusable_gradients(self) -> None:
         """A matrix without a usable gradient is left as it was, and no other feels it."""
         together = self._train(self.weights, self.grads)
@@ -326,10 +340,15 @@ class _Checked:
     # ------------------------------------------------------------------ inside
 
     def _optimizer(
-        self, weights: Sequence[Tensor], batched: bool | None = None, orthogonalizer: str = "svd", **keys: Any
+        self,
+        weights: Sequence[Tensor],
+        batched: bool | None = None,
+        orthogonalizer: str = "svd",
+        experts: bool = False,
+        **keys: Any,
     ) -> OrthogonalizedOptimizer:
         params = [nn.Parameter(weight.clone()) for weight in weights]
-        optimizer = self.cls([{"params": params, **keys}], orthogonalizer=orthogonalizer)
+        optimizer = self.cls([{"params": params, "batched": experts, **keys}], orthogonalizer=orthogonalizer)
         optimizer.batched = batched
         self.base = {key: optimizer._matrix_defaults[key] for key in ("lr", "weight_decay")}
         return optimizer

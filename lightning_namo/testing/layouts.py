@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.routing.names import clean_name
+from lightning_namo.sharding.layout import stored_shape
 from lightning_namo.sharding.local import local_tensor
 
 
@@ -42,8 +43,17 @@ class Probe(nn.Module):
         return total
 
 
+class Experts(nn.Module):
+    """A batch of matrices in a bare parameter, as transformers keeps experts."""
+
+    def __init__(self, count: int, rows: int, columns: int, is_transposed: bool = False) -> None:
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.weight = nn.Parameter(torch.randn(count, rows, columns))
+
+
 class Odd(nn.Module):
-    """Uneven over 2, 3 and 4 ranks: fewer rows than ranks, convolutions, transposed storage, fused blocks."""
+    """Uneven over 2, 3 and 4 ranks: fewer rows than ranks, convolutions, transposed storage, fused blocks, experts."""
 
     blocks: ClassVar[dict[str, int | list[int]]] = {"fused.layer.weight": [9, 5, 5]}
 
@@ -58,6 +68,9 @@ class Odd(nn.Module):
         self.deconv = Probe(nn.ConvTranspose1d(4, 6, 3))
         self.fused = Probe(nn.Linear(8, 19))
         self.norm = Probe(nn.LayerNorm(5))
+        self.experts = Probe(Experts(5, 3, 4))
+        self.turned = Probe(Experts(2, 4, 3, is_transposed=True))
+        self.groups = Probe(nn.Conv1d(6, 9, 2, groups=3))
 
     def forward(self, grads: dict[str, dict[str, Tensor]]) -> Tensor:
         """The sum over the layers."""
@@ -78,6 +91,8 @@ class Even(Odd):
         self.deconv = Probe(nn.ConvTranspose1d(12, 24, 2, bias=False))
         self.fused = Probe(nn.Linear(12, 36))
         self.norm = Probe(nn.LayerNorm(12))
+        self.experts = Probe(Experts(4, 12, 6))
+        self.turned = Probe(Experts(3, 12, 4, is_transposed=True))
 
 
 def prescribed_gradients(module: nn.Module, step: int) -> dict[str, dict[str, Tensor]]:
@@ -139,6 +154,9 @@ def _tensor_parallel(module: nn.Module, mesh: DeviceMesh) -> None:
     for name, style in plan.items():
         if hasattr(module, name):
             parallelize_module(getattr(module, name), mesh, {"layer": style()})
+    for name, dim in {"experts": 0, "turned": 2}.items():
+        layer: Any = getattr(module, name).layer
+        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(dim)]))
 
 
 def _tp(module: nn.Module) -> nn.Module:
@@ -182,18 +200,19 @@ def new_module(kind: type[Odd], dtype: torch.dtype) -> Odd:
 
 def gathered_state(optimizer: OrthogonalizedOptimizer) -> dict[str, dict[str, Tensor]]:
     """Whole state of every matrix: parameter-shaped states are put together from all ranks' regions."""
-    matrices, _, _ = optimizer._prepare()
-    result: dict[str, dict[str, Tensor]] = {clean_name(matrix.name): {} for matrix in matrices}
+    parameters = [p for p in optimizer._parameter_states() if p.group["orthogonalize"]]
+    result: dict[str, dict[str, Tensor]] = {clean_name(p.name): {} for p in parameters}
     stored: dict[tuple[str, str], tuple[int, int]] = {}
     ours: dict[tuple[str, str], tuple[Any, Tensor]] = {}
-    for matrix in matrices:
-        name = clean_name(matrix.name)
-        for key, value in optimizer.state[matrix.tensor].items():
+    for parameter in parameters:
+        name = clean_name(parameter.name)
+        for key, value in parameter.state.items():
             part = local_tensor(value)
-            if key != "momentum_buffer" and optimizer._kinds.get(key) != "element":
-                result[name][key] = part
+            if parameter.is_like_parameter(key):
+                stored[name, key] = stored_shape(parameter.shape)
+                ours[name, key] = parameter.region, part.reshape(-1)
             else:
-                stored[name, key], ours[name, key] = matrix.layout.stored, (matrix.layout.region, part.reshape(-1))
+                result[name][key] = part
     parts = [ours]
     if dist.is_initialized():
         parts = [{}] * dist.get_world_size()

@@ -101,6 +101,8 @@ class SimulatedRanks:
                 self._each(runs, [run.parts() for run in runs])
                 for run in runs:
                     run.go_on()
+        for run in runs:
+            run.count_step()
 
     def _each(
         self,

@@ -84,8 +84,9 @@ class Reference:
         layer = self.walk.layers[self.walk.layer_of(name)]
         if self.walk.is_matrix(name):
             blocks = layer.blocks
-            transposed = layer.kind == "deconv"
-            self.trained[name] = OfMatrix(W, eW, transposed, blocks, self.walk.optimizer, self.walk.hyper)
+            transposed, is_batch = layer.kind in ("deconv", "turned"), layer.kind in ("experts", "turned")
+            count = len(W) if is_batch else None
+            self.trained[name] = OfMatrix(W, eW, transposed, blocks, count, self.walk.optimizer, self.walk.hyper)
         else:
             self.trained[name] = OfAdamW(W, eW, self.walk.hyper)
 

@@ -295,12 +295,20 @@ class OfMatrix:
     """A matrix parameter of the optimizer's: its true matrices, one for each block."""
 
     def __init__(
-        self, W: Tensor, eW: Tensor, transposed: bool, blocks: int | tuple[int, ...], rule: str, hyper: dict[str, Any]
+        self,
+        W: Tensor,
+        eW: Tensor,
+        transposed: bool,
+        blocks: int | tuple[int, ...],
+        count: int | None,
+        rule: str,
+        hyper: dict[str, Any],
     ) -> None:
-        self.shape, self.transposed = W.shape, transposed
+        self.shape, self.transposed, self.count = W.shape, transposed, count
         self.lr, self.weight_decay = (torch.tensor(hyper[k], dtype=torch.float64) for k in ("lr", "weight_decay"))
         true = self._true(W)
-        self.sizes = [true.size(0) // blocks] * blocks if isinstance(blocks, int) else list(blocks)
+        rows = true.size(0) // (count or 1)
+        self.sizes = (count or 1) * ([rows // blocks] * blocks if isinstance(blocks, int) else list(blocks))
         parts = zip(torch.split(true, self.sizes), torch.split(self._true(eW), self.sizes), strict=True)
         self.blocks = []
         for block, off in parts:
@@ -309,12 +317,14 @@ class OfMatrix:
         self.skipped = 0
 
     def _true(self, stored: Tensor) -> Tensor:
-        matrix = stored.reshape(stored.size(0), -1)
-        return matrix.T if self.transposed else matrix
+        """The true matrices, those of a batch one below the other."""
+        matrices = stored.flatten(1)[None] if self.count is None else stored
+        return (matrices.mT if self.transposed else matrices).flatten(0, 1)
 
     def _stored(self, blocks: list[Tensor]) -> Tensor:
         true = torch.cat(blocks)
-        return (true.T if self.transposed else true).reshape(self.shape)
+        matrices = true.view(self.count or 1, -1, true.size(1))
+        return (matrices.mT if self.transposed else matrices).reshape(self.shape)
 
     def step(self, G: Tensor, eG: Tensor, units: Rounding) -> None:
         parts = (torch.split(self._true(X), self.sizes) for X in (G, eG))

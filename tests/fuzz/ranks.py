@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -158,6 +158,12 @@ class Member:
             weight = getattr(child.layer, "weight", None)
             if self.place.layout == "fsdp2+tp" and weight is not None and min(weight.shape[:2]) < 2:
                 continue  # FSDP2 cannot reduce an empty shard of tensor parallelism
+            if (
+                layer.kind in ("experts", "turned") and layer.cut != "no"
+            ):  # expert parallelism, and of the last dimension
+                cut = [Shard(0 if layer.cut == "rows" else 2)]
+                shard = distribute_tensor(weight.detach(), mesh, cut)
+                child.layer.weight = nn.Parameter(shard, requires_grad=weight.requires_grad)
             if style := styles.get((layer.kind, layer.cut)):
                 parallelize_module(child, mesh, {"layer": style()})
 

@@ -7,12 +7,14 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lightning_namo.testing.layouts import Experts
 from tests.helpers.rules import RULES
 from tests.helpers.worker import clean
 
@@ -28,6 +30,7 @@ WORLDS = {  # layout -> how many ranks it takes
 }
 PLAIN = ("single", "ddp")  # every rank holds plain, whole parameters
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+MATRIX_LAYERS = ("linear", "conv1d", "conv2d", "deconv", "experts", "turned")
 VOCABULARY = 60  # as wide as no linear layer: that would be a head
 
 
@@ -55,6 +58,8 @@ class Layer:
             "norm": nn.LayerNorm,
             "tied": Tied,
             "bare": Bare,
+            "experts": Experts,
+            "turned": partial(Experts, is_transposed=True),
         }[self.kind]
         keys = {"bias": self.bias} if self.kind in ("linear", "conv1d", "conv2d", "deconv") else {}
         layer = make(*self.shape, **keys).to(DTYPES[self.dtype])
@@ -216,7 +221,7 @@ class Walk:
     def is_matrix(self, name: str) -> bool:
         """Whether a parameter is to be orthogonalized."""
         kind = self.layers[self.layer_of(name)].kind
-        return name.endswith("weight") and kind in ("linear", "conv1d", "conv2d", "deconv", "tied")
+        return name.endswith("weight") and kind in (*MATRIX_LAYERS, "tied")
 
     def blocks(self) -> dict[str, int | list[int]]:
         """The ``blocks`` argument of the optimizer's."""
@@ -297,25 +302,22 @@ def draw_layer(rng: random.Random, even: bool, dtype: str, layout: str, kind: st
     def size(low: int, high: int) -> int:
         return rng.choice([12, 24, 36]) if even else rng.randint(low, high)
 
-    kind = (
-        kind
-        or rng.choices(
-            ["linear", "conv1d", "conv2d", "deconv", "embedding", "norm", "tied", "bare"], [6, 1, 2, 2, 1, 1, 1, 1]
-        )[0]
-    )
+    kind = kind or rng.choices([*MATRIX_LAYERS, "embedding", "norm", "tied", "bare"], [6, 1, 2, 2, 2, 2, 1, 1, 1, 1])[0]
     shape: tuple[int, ...] = {
         "linear": (size(1, 24), size(1, 24)),
         "conv1d": (size(1, 5), size(1, 7), rng.randint(1, 3)),
         "conv2d": (size(1, 4), size(1, 6), rng.randint(1, 3)),
         "deconv": (size(1, 5), size(1, 7), rng.randint(1, 3)),
+        "experts": (size(1, 6), size(2, 7), rng.randint(2, 7)),
+        "turned": (size(1, 6), size(2, 7), rng.randint(2, 7)),
         "embedding": (VOCABULARY if even else rng.choice([VOCABULARY, 59]), size(2, 9)),
         "norm": (size(1, 9),),
         "tied": (size(2, 9), size(2, 9)),
         "bare": (size(2, 9),),
     }[kind]
     blocks: int | tuple[int, ...] = 1
-    rows = shape[1] if len(shape) > 1 else 1
-    if kind in ("linear", "conv1d", "conv2d") and rows > 2 and rng.random() < 0.3:
+    rows = shape[2] if kind == "turned" else shape[1] if len(shape) > 1 else 1
+    if kind in ("linear", "conv1d", "conv2d", "experts", "turned") and rows > 2 and rng.random() < 0.3:
         blocks = rng.choice([k for k in (2, 3, rows) if rows % k == 0] or [1])
         if blocks == 1 or rng.random() < 0.4:
             first = rng.randint(1, rows - 1)

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMOD, WarmupStableDecay, optimize_with
+from lightning_namo.testing import layouts
 from lightning_namo.testing.layouts import gathered_weights
 from tests.helpers import toy
 from tests.helpers.rules import RULES
@@ -30,6 +31,13 @@ from tests.helpers.strategies import (
 
 STEPS, SAVED_AT, SAMPLES = 5, 3, 6
 ADOPTER = NAMOD  # goes on where AdamW stopped
+
+
+class Experts(layouts.Experts):
+    """All experts see everything."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->bo", x, self.weight) / 3
 
 
 class ResumableNet(pl.LightningModule):
@@ -50,6 +58,7 @@ class ResumableNet(pl.LightningModule):
             self.frozen = nn.Linear(12, 12, bias=False).double().requires_grad_(False)
             self.mid, self.down = nn.Linear(12, 10).double(), nn.Linear(10, 3).double()
             self.gate = nn.Linear(12, 1, bias=False).double()
+            self.experts = Experts(3, 10, 10, is_transposed=True).double()
             if self.shard is not None:
                 self.shard(self, self.device_mesh)
 
@@ -58,7 +67,8 @@ class ResumableNet(pl.LightningModule):
         dtype = self.up.weight.dtype  # float32 under FSDP1: Lightning's precision plugin makes it so
         x, y = (data[self.trainer.global_step][part::parts].to(dtype) for data in (self.x, self.y))
         hidden = self.frozen(self.norm(torch.tanh(self.up(x))))
-        return nn.functional.mse_loss(self.down(torch.tanh(self.mid(hidden))) * torch.sigmoid(self.gate(hidden)), y)
+        mixed = self.experts(torch.tanh(self.mid(hidden)))
+        return nn.functional.mse_loss(self.down(mixed) * torch.sigmoid(self.gate(hidden)), y)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(torch.zeros(STEPS))

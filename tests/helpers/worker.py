@@ -171,6 +171,6 @@ def compare_layouts(
                 "state": max(relative_error(state[n][k], wanted_state[n][k]) for n in state for k in wanted_state[n]),
                 "replicas": {name: value.double().sum().item().hex() for name, value in weights.items()},
                 "wire": wire,
-                "elements": sum(e.layout.stored[0] * e.layout.stored[1] for e in optimizer._prepare()[0]),
+                "elements": sum(e.count * e.layout.stored[0] * e.layout.stored[1] for e in optimizer._prepare()[0]),
             }
     return answers

@@ -28,6 +28,7 @@ PLAIN += [("fsdp2-uneven", "NAMOD"), ("fsdp2+tp", "AdaMuon")]  # other statistic
 SHARDED = {2: ((2, 1), (1, 2)), 3: ((3, 1),), 4: ((2, 1), (1, 2), (2, 2))}  # replicas and tensor ranks of a GPT-2
 WORLD_SIZES = [pytest.param(size, marks=[pytest.mark.slow] * (size > 2)) for size in SHARDED]
 DIVIDED = {"*.tall.*": 0, "*.fused.*": 0, "*.wide.layer.weight": 1, "*.few.layer.weight": 1}
+DIVIDED |= {"*.experts.layer.weight": 0, "*.turned.layer.weight": 2}
 
 
 def gpt2() -> GPT2:

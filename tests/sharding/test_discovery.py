@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
+from lightning_namo import NAMO
+from lightning_namo.sharding.batch import Box
 from lightning_namo.sharding.discovery import find_regions, holds_fsdp1, is_fsdp2, part_of, region_of, shard_counts
 from lightning_namo.sharding.layout import Rectangle
 from lightning_namo.testing.layouts import shard_children
@@ -43,10 +45,14 @@ def test_a_dtensor_tells_its_region(placement: Shard | Replicate, region: Rectan
 def test_a_placement_that_is_no_rectangle_is_refused_by_name() -> None:
     mesh = init_device_mesh("cpu", (2,))
     parameter = nn.Parameter(distribute_tensor(torch.ones(4, 2, 2), mesh, [Shard(2)], src_data_rank=None))
-    with pytest.raises(
-        ValueError, match=r"Expected kernel \(4, 2, 2\) to be replicated or sharded over dimension 0 or 1"
-    ):
-        region_of(parameter, "kernel")
+    shape, region = region_of(parameter, "kernel")
+    assert (shape, region) == ((4, 2, 2), Box((4, 2, 2), (0, 0, 0), (4, 2, 1)))
+    with pytest.raises(ValueError, match=r"0 \(4, 2, 2\) to be replicated or sharded over dimension 0 or 1"):
+        NAMO([parameter])
+    NAMO([{"params": [parameter], "batched": True}])  # a rectangle of each of four matrices
+    partial = DTensor.from_local(torch.ones(4, 2), mesh, [Partial()])
+    with pytest.raises(ValueError, match=r"Expected kernel \(4, 2\) to be replicated or sharded, but"):
+        region_of(partial, "kernel")
 
 
 @pytest.mark.usefixtures("fake_world")
