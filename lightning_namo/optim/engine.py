@@ -162,7 +162,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         loads = [sum(costs[i] for i in matrices) for matrices in owned]
         mean = sum(loads) / len(loads)
         lines = [
-            f"rank {rank}: {len(matrices)} matrices, {load / 1e9:.3g} GFLOP, {load / mean:.3f} of the mean"
+            f"rank {rank}: {sum(parameters[i].count for i in matrices)} matrices, {load / 1e9:.3g} GFLOP, "
+            f"{load / mean:.3f} of the mean"
             for rank, (matrices, load) in enumerate(zip(owned, loads, strict=True))
         ]
         return "\n".join([*lines, f"rank {exchange.rank} sends {exchange.bytes_sent:,} bytes of matrices a step"])
@@ -543,7 +544,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         for run in runs:
             with exchange.workspace.frame():
                 self._directions([run])
-            run.stack.count_step(run.norm_sq > 0, torch.zeros_like(run.norm_sq))
+            step = of_parameter[run.stack.parameters[0].tensor]["step"]
+            step.copy_(step.bool() | (run.norm_sq > 0).any())
 
 
 def _gradient(parameter: MatrixParameter) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -138,7 +139,7 @@ class Calls(torch.utils._python_dispatch.TorchDispatchMode):
 @all_optimizers
 @pytest.mark.parametrize("batched", [None, True])
 def test_kernels_and_calls_do_not_grow_with_the_number_of_experts(cls: Any, batched: bool | None) -> None:
-    counts = []
+    kernels, frames = [], []
     for count in (8, 256):
         whole = nn.Parameter(randn(count, 12, 8))
         optimizer = cls([{"params": [whole], "batched": True}])
@@ -147,8 +148,37 @@ def test_kernels_and_calls_do_not_grow_with_the_number_of_experts(cls: Any, batc
             whole.grad = gradient(0, whole)
             with Calls() as calls:
                 optimizer.step()
-        counts.append(calls.count)
-    assert counts[1] <= counts[0] + 2
+        kernels.append(calls.count)
+        called = 0
+
+        def count_call(frame: Any, event: str, argument: Any) -> None:
+            nonlocal called
+            called += event == "call" and "lightning_namo" in frame.f_code.co_filename
+
+        whole.grad = gradient(0, whole)
+        sys.setprofile(count_call)
+        optimizer.step()
+        sys.setprofile(None)
+        frames.append(called)
+    assert kernels[1] <= kernels[0] + 2
+    assert frames[1] <= frames[0] + 2
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_warm_start_counts_as_a_first_step_of_the_whole_parameter(silent: int) -> None:
+    """The step of all experts, also where one of them has had no tokens."""
+    whole = experts()
+    adamw = torch.optim.AdamW([{"params": [("w", whole)]}])
+    whole.grad = gradient(0, whole)
+    whole.grad[silent] = 0.0
+    adamw.step()
+    optimizer = NAMOD([{"params": [("w", whole)], "batched": True}], **EXACT)
+    optimizer.adopt_state = True
+    with pytest.warns(UserWarning, match="the momentum of 1 matrices"):
+        optimizer.load_state_dict(adamw.state_dict())
+    state = optimizer.state[whole]
+    assert state["step"] == 1
+    assert (state["v"].sum(dim=1) > 0).tolist() == [i != silent for i in range(E)]
 
 
 def test_a_batch_that_is_not_contiguous_is_refused_by_name() -> None:
