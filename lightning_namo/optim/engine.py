@@ -146,7 +146,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                     self._leading_sums(runs, [])
                 self._update(runs)
                 for run in itertools.chain.from_iterable(runs.values()):
-                    run.count_step()
+                    if run.stack.part is not None:
+                        run.count_step()
         adamw.run(skipped)
         self._count_adamw(skipped)
         self._warn_of_ungrouped()
@@ -343,7 +344,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         for number, stacks in enumerate(buckets):
             runs = []
             for stack in stacks:
-                grads = [None if refused else _gradient(p) for p in stack.parameters]
+                grads = [None if refused else local_gradient(p.name, p.tensor) for p in stack.parameters]
+                if stack.part is not None and grads[0] is not None:
+                    grads = [stack.part.local(grads[0].contiguous())]
                 for first, end in [(0, len(grads))] if exchange.distributed else _present(grads):
                     part = stack if end - first == len(grads) else stack.some(first, end)
                     requests = self.requests(stack.parameters[0])
@@ -546,12 +549,6 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 self._directions([run])
             step = of_parameter[run.stack.parameters[0].tensor]["step"]
             step.copy_(step.bool() | (run.norm_sq > 0).any())
-
-
-def _gradient(parameter: MatrixParameter) -> Tensor | None:
-    """The local shard of a parameter's gradient, or of some matrices of a batched one."""
-    grad = local_gradient(parameter.name, parameter.tensor)
-    return grad if grad is None or parameter.part is None else parameter.part.local(grad.contiguous())
 
 
 def _present(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:

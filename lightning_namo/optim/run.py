@@ -73,9 +73,8 @@ class StackRun:
         self.has_ended = False
         self._held: Tensor | None = None
         self._resumed = 0
-        self._valid = self._invalid = self._skipped = self._present = self.norm_sq = torch.empty(
-            0
-        )  # (P,): see `decide`
+        self._valid = self._invalid = self._skipped = self.norm_sq = torch.empty(0)  # (P,): see `decide`
+        self._present: Tensor | None = None
 
     @property
     def asks_for_sums(self) -> bool:
@@ -139,19 +138,16 @@ class StackRun:
             if place not in places:
                 finite = total < math.inf
                 valid &= finite.all(dim=1) if finite.shape[1] != 1 else finite.view(P)
-        self._present = torch.ones_like(valid) if stack.holders is None else present > 0
-        self._settle(valid, self._present)
+        self._valid, self._invalid = valid, ~valid
+        self._present = None if stack.holders is None else present > 0
+        self._skipped = self._invalid if self._present is None else self._present & self._invalid
+        for x in self._xs:
+            x._decided(valid, self._invalid)
         if stack.part is not None:
             self.agree([self])
         if stack.tolerance is None:
             return None
         return valid & (totals[-1].abs() > stack.tolerance * norm_sq)
-
-    def _settle(self, valid: Tensor, present: Tensor) -> None:
-        self._valid, self._invalid = valid, ~valid
-        self._skipped = present & self._invalid
-        for x in self._xs:
-            x._decided(valid, self._invalid)
 
     @staticmethod
     def agree(runs: Sequence[StackRun]) -> None:
@@ -161,9 +157,12 @@ class StackRun:
             runs: Of all its parts.
         """
         valid = torch.stack([run._valid.all() for run in runs]).all()
-        present = torch.stack([run._present.any() for run in runs]).any()
+        present = [run._present.any() for run in runs if run._present is not None]
+        skipped = torch.stack(present).any() & ~valid if present else ~valid
         for run in runs:
-            run._settle(valid.expand(run.stack.count), present.expand(run.stack.count))
+            run._valid, run._invalid, run._skipped = (t.expand(run.stack.count) for t in (valid, ~valid, skipped))
+            for x in run._xs:
+                x._decided(run._valid, run._invalid)
 
     def _gradient_positions(self) -> list[int]:
         """Where the sums of the gradient are among those of the first request: one of each x."""
@@ -275,9 +274,12 @@ class StackRun:
         self._resumed += 1
         if ended:
             self.has_ended = True
+            if self.stack.part is None:
+                self.stack.state["step"] += self._valid
+                self.stack.state["skipped"] += self._skipped
 
     def count_step(self) -> None:
-        """Count the step, once the rules of all parts of a batched parameter have ended."""
+        """Count the step of a batched parameter, once the rules of all its parts have ended."""
         self.stack.count_step(self._valid, self._skipped)
 
 

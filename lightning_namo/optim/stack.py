@@ -177,11 +177,8 @@ class MatrixStack:
         return part.local(state) if kind == "element" else part.numbers(state, kind)
 
     def count_step(self, valid: Tensor, skipped: Tensor) -> None:
-        """Count a step that was taken, or skipped, (P,)."""
-        if self.part is None:
-            self.state["step"] += valid
-            self.state["skipped"] += skipped
-        elif self.part.first == 0:  # one part counts for all
+        """Count a step of a batched parameter that was taken, or skipped, (P,)."""
+        if self.part is not None and self.part.first == 0:  # one part counts for all
             self.bound[0]["step"] += valid[0]
             self.bound[0]["skipped"] += skipped[0]
 

@@ -255,7 +255,9 @@ def sharded_over_a_third_dimension(rank: int) -> None:
 
 
 def test_a_placement_that_cannot_be_served_is_named() -> None:
-    with pytest.raises(WorkerError, match=r"Expected weight \(4, 4, 2, 2\) to be replicated or sharded over dimension"):
+    with pytest.raises(
+        WorkerError, match=r"Expected weight of Conv2d \(4, 4, 2, 2\) to be replicated or sharded over dimension"
+    ):
         run_ranks(sharded_over_a_third_dimension, 2, timeout=60)
 
 

@@ -58,7 +58,7 @@ class ResumableNet(pl.LightningModule):
             self.frozen = nn.Linear(12, 12, bias=False).double().requires_grad_(False)
             self.mid, self.down = nn.Linear(12, 10).double(), nn.Linear(10, 3).double()
             self.gate = nn.Linear(12, 1, bias=False).double()
-            self.experts = Experts(3, 10, 10, is_transposed=True).double()
+            self.experts = Experts(3, 12, 12, is_transposed=True).double()
             if self.shard is not None:
                 self.shard(self, self.device_mesh)
 
@@ -67,7 +67,7 @@ class ResumableNet(pl.LightningModule):
         dtype = self.up.weight.dtype  # float32 under FSDP1: Lightning's precision plugin makes it so
         x, y = (data[self.trainer.global_step][part::parts].to(dtype) for data in (self.x, self.y))
         hidden = self.frozen(self.norm(torch.tanh(self.up(x))))
-        mixed = self.experts(torch.tanh(self.mid(hidden)))
+        mixed = torch.tanh(self.mid(self.experts(hidden)))
         return nn.functional.mse_loss(self.down(mixed) * torch.sigmoid(self.gate(hidden)), y)
 
     def train_dataloader(self) -> DataLoader:
