@@ -34,7 +34,7 @@ from lightning_namo.sharding.discovery import part_of
 from lightning_namo.sharding.exchange import Exchange
 from lightning_namo.sharding.layout import Layout, Rectangle
 from lightning_namo.sharding.local import local_gradient, local_tensor, refuse_sparse
-from lightning_namo.sharding.process_group import current_group, gather, rank_and_world_size
+from lightning_namo.sharding.process_group import current_group, gather
 from lightning_namo.sharding.publication import Published
 from lightning_namo.workspace import Workspace
 
@@ -247,17 +247,20 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             if group["orthogonalize"]
             for tensor, name in named_parameters(group)
         ]
-        batches = [layout for *_, layout in found if isinstance(layout, BatchLayout)]
-        of_ranks = (
-            gather(batches, "compare their parameters before a step") if rank_and_world_size()[1] > 1 else [batches]
-        )
-        divided = iter([divide(of_batch) for of_batch in zip(*of_ranks, strict=False)])
+        batches = [
+            ((self._label(name), (layout.count, *layout.matrix.stored), tensor.dtype), layout)
+            for name, tensor, _, layout in found
+            if isinstance(layout, BatchLayout)
+        ]
+        of_ranks = gather(batches, "compare their parameters before a step")
+        agreement.check_agreement([[signature for signature, _ in of_rank] for of_rank in of_ranks])
+        divided = iter([divide([layout for _, layout in of_batch]) for of_batch in zip(*of_ranks, strict=True)])
         parameters = []
         for name, tensor, group, layout in found:
             if isinstance(layout, Layout):
                 parameters.append(MatrixParameter(name, tensor, group, layout))
                 continue
-            parts = [layout.part(*bounds) for bounds in next(divided, [(0, layout.count)])]
+            parts = [layout.part(*bounds) for bounds in next(divided)]
             for part in parts:
                 of_part = name if len(parts) == 1 else f"{name}[{part.first}:{part.last}]"
                 parameters.append(MatrixParameter(of_part, tensor, group, part.layout, part))

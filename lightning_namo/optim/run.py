@@ -143,8 +143,6 @@ class StackRun:
         self._skipped = self._invalid if self._present is None else self._present & self._invalid
         for x in self._xs:
             x._decided(valid, self._invalid)
-        if stack.part is not None:
-            self.agree([self])
         if stack.tolerance is None:
             return None
         return valid & (totals[-1].abs() > stack.tolerance * norm_sq)

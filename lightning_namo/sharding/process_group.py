@@ -47,12 +47,14 @@ def collective(purpose: str) -> Iterator[None]:
 
 
 def gather(value: Any, purpose: str) -> list[Any]:
-    """Every rank's value (pickled), in the order of the ranks.
+    """Every rank's value (pickled), in the order of the ranks; this process's alone without a group.
 
     Args:
         value: This rank's.
         purpose: What for, in the message of an error.
     """
+    if not initialized():
+        return [value]
     gathered: list[Any] = [None] * dist.get_world_size()
     with collective(purpose):
         dist.all_gather_object(gathered, value)
