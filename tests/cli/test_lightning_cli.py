@@ -157,6 +157,13 @@ def test_the_rest_of_the_optimizer_section_reaches_the_callback(fit: Fit) -> Non
     assert callback.schedule == WarmupStableDecay(warmup=10, decay=0.5)
 
 
+def test_globs_of_batches_reach_the_callback(fit: Fit) -> None:
+    options = ["--optim.batched=*.experts", '--optim.transposed=["*.experts", "*.turned"]', "--optim.matrix+=*.tensor"]
+    callback = callback_of(fit(*options)[0])
+    assert callback.batched == "*.experts"
+    assert (list(callback.transposed), list(callback.matrix)) == (["*.experts", "*.turned"], ["*.tensor"])
+
+
 def test_a_scheduler_of_torch_can_be_the_schedule(fit: Fit) -> None:
     options = ["--optim.schedule=torch.optim.lr_scheduler.StepLR", "--optim.schedule.step_size=7"]
     schedule = callback_of(fit(*options)[0]).schedule
