@@ -16,7 +16,7 @@ import torch
 import yaml
 
 import lightning_namo
-from lightning_namo import OptimizerCallback, WarmupStableDecay
+from lightning_namo import OptimizerCallback, WarmupStableDecay, split_parameters
 from lightning_namo.cli import main
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
@@ -157,11 +157,18 @@ def test_the_rest_of_the_optimizer_section_reaches_the_callback(fit: Fit) -> Non
     assert callback.schedule == WarmupStableDecay(warmup=10, decay=0.5)
 
 
-def test_globs_of_batches_reach_the_callback(fit: Fit) -> None:
-    options = ["--optim.batched=*.experts", '--optim.transposed=["*.experts", "*.turned"]', "--optim.matrix+=*.tensor"]
-    callback = callback_of(fit(*options)[0])
-    assert callback.batched == "*.experts"
-    assert (list(callback.transposed), list(callback.matrix)) == (["*.experts", "*.turned"], ["*.tensor"])
+class Experts(Toy):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.tensor = (torch.nn.Parameter(torch.zeros(4, 3, 2)) for _ in range(2))
+
+
+def test_globs_of_batches_decide_how_parameters_are_split(fit: Fit) -> None:
+    options = ["--optim.batched=experts", '--optim.transposed=["exp*"]', "--optim.matrix+=tensor"]
+    trainer, model, _ = fit(f"--model={__name__}.Experts", OWN[1], *options)
+    groups = {group["name"]: group for group in split_parameters(model, **callback_of(trainer).routing)}
+    assert [name for name, _ in groups["matrices_batched_transposed"]["params"]] == ["experts"]
+    assert [name for name, _ in groups["matrices"]["params"]] == ["tensor", "layer.weight"]
 
 
 def test_a_scheduler_of_torch_can_be_the_schedule(fit: Fit) -> None:
