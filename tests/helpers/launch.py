@@ -5,11 +5,13 @@ They are forked from a server that has imported what takes seconds (`preload`), 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import multiprocessing.forkserver
 import os
 import pickle
+import random
 import socket
 import sys
 import tempfile
@@ -34,9 +36,16 @@ class WorkerError(RuntimeError):
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    """A port to listen on soon, from below those that the system gives out by itself.
+
+    A port of the system's own choice is in a range from which every connection made meanwhile, gloo's among them, may
+    take it before its user listens on it.
+    """
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):  # not seeded: pytest's workers are alike
+        with contextlib.suppress(OSError), socket.socket() as s:
+            s.bind(("", port))
+            return port
+    raise RuntimeError("none of 100 ports from 20,000 to 31,999 is free to listen on")
 
 
 def serve() -> None:
