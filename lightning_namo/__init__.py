@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_namo.integration.lightning_clipping import ClipsGradients, GradientClipping
     from lightning_namo.integration.optimizer_callback import OptimizerCallback
     from lightning_namo.integration.preemption import SaveOnSigterm
+    from lightning_namo.telemetry.reading_log import ReadingLog
 
 __version__ = "0.1.0"
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Muon",
     "OptimizerCallback",
     "OrthogonalizedOptimizer",
+    "ReadingLog",
     "SaveOnSigterm",
     "WarmupStableDecay",
     "build_optimizer",
@@ -43,13 +45,14 @@ __all__ = [
 ]
 
 _NEED_LIGHTNING = {
-    "ClipsGradients": "lightning_clipping",
-    "GradientClipping": "lightning_clipping",
-    "OptimizerCallback": "optimizer_callback",
-    "SaveOnSigterm": "preemption",
-    "optimize_with": "configure",
+    "ClipsGradients": "integration.lightning_clipping",
+    "GradientClipping": "integration.lightning_clipping",
+    "OptimizerCallback": "integration.optimizer_callback",
+    "ReadingLog": "telemetry.reading_log",
+    "SaveOnSigterm": "integration.preemption",
+    "optimize_with": "integration.configure",
 }
-"""Public names, and where they are in `lightning_namo.integration`."""
+"""Public names, and where they are."""
 
 _moved.install()
 
@@ -58,7 +61,7 @@ if not TYPE_CHECKING:  # a type checker is to see a misspelt name
 
     def __getattr__(name: str) -> Any:
         if name in _NEED_LIGHTNING:
-            module = importlib.import_module(f"lightning_namo.integration.{_NEED_LIGHTNING[name]}")
+            module = importlib.import_module(f"lightning_namo.{_NEED_LIGHTNING[name]}")
             return globals().setdefault(name, getattr(module, name))
         return _moved.find(__name__, name)
 

@@ -18,6 +18,7 @@ FOLDERS = (
     "routing",
     "checkpoint",
     "optim",
+    "telemetry",
     "integration",
     "testing",
     "gpt2",

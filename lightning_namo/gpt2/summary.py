@@ -19,6 +19,7 @@ from lightning_namo.gpt2.data.module import TextDataModule, data_parallel
 from lightning_namo.gpt2.generate import SAMPLE_RANGES
 from lightning_namo.gpt2.model import sample
 from lightning_namo.gpt2.module import GPT2Module
+from lightning_namo.telemetry.reading_log import reading_log
 
 
 class TokenThroughput(ThroughputMonitor):
@@ -68,8 +69,9 @@ def _sequences(batch: Batch) -> int:
 class RunSummary(Callback):
     """Prints a table at the end of training: steps, tokens, time, speed, validation, a sample of the text.
 
-    Loss and perplexity are those of the last validation; speed comes from a `TokenThroughput`, if there is
-    one. Tokens and time go on counting in a resumed run.
+    Loss and perplexity are those of the last validation; speed comes from a `TokenThroughput`, and what the noise in
+    the gradients says of the batch size from an `OptimizerCallback` or a `ReadingLog`, if there is one. Tokens and time
+    go on counting in a resumed run.
 
     Args:
         prompt: Text to continue.
@@ -109,7 +111,9 @@ class RunSummary(Callback):
         self._tokens, self._seconds = state_dict["tokens"], state_dict["seconds"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
+        """Start the clock; the table says what a reading log would print."""
+        if (log := reading_log(trainer)) is not None:
+            log.prints_summary = False
         self._started = time.perf_counter()
 
     def on_train_batch_end(
@@ -157,7 +161,7 @@ class RunSummary(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         monitor = next((c for c in callbacks if isinstance(c, TokenThroughput)), None)
         speed, utilization = (None, None) if monitor is None else monitor.rates()
-        metrics = trainer.callback_metrics
+        metrics, log = trainer.callback_metrics, reading_log(trainer)
         rows = {
             "Steps": (trainer.global_step, "{:,}"),
             "Tokens": (self._tokens, "{:,}"),
@@ -166,6 +170,7 @@ class RunSummary(Callback):
             "Model FLOPs utilization": (utilization, "{:.1%}"),
             "Validation loss": (metrics.get("val/loss"), "{:.4f}"),
             "Validation perplexity": (metrics.get("val/perplexity"), "{:.2f}"),
+            "Gradient noise": (log and log.summary(), "{}"),
             "Sample": (text, "{}"),
         }
         table = Table(title="Run", show_header=False, title_justify="left")

@@ -22,6 +22,7 @@ from lightning_namo.optim.namo import NAMO
 from lightning_namo.optim.schedules import WarmupStableDecay
 from lightning_namo.routing.split import split_parameters
 from lightning_namo.sharding.agreement import check_same
+from lightning_namo.telemetry.reading_log import ReadingLog
 
 
 class OptimizerCallback(pl.Callback):
@@ -44,6 +45,8 @@ class OptimizerCallback(pl.Callback):
         transposed: Globs of parameters that are stored with input features as rows.
         matrix: Globs of parameters that are one matrix, and no batch.
         adopt_state: Whether to go on from a checkpoint of another optimizer: see `build_optimizer`.
+        log_matrices: Whether to log what the optimizer reports of every matrix: see `ReadingLog`.
+        log_aggregates: Whether to log median, minimum and maximum of that over all matrices.
 
     Raises:
         RuntimeError: At the start of fit, if an optimizer's parameters are not the module's.
@@ -67,6 +70,8 @@ class OptimizerCallback(pl.Callback):
         batched: str | Sequence[str] = (),
         transposed: str | Sequence[str] = (),
         matrix: str | Sequence[str] = (),
+        log_matrices: bool | None = None,
+        log_aggregates: bool = True,
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
@@ -76,6 +81,8 @@ class OptimizerCallback(pl.Callback):
         self.blocks = blocks
         self.batched, self.transposed, self.matrix = batched, transposed, matrix
         self.adopt_state = adopt_state
+        self.log_matrices, self.log_aggregates = log_matrices, log_aggregates
+        self.readings = ReadingLog(log_matrices, log_aggregates)
         self._own: Any = None
         self._skipped = self._checked = 0
 
@@ -171,16 +178,30 @@ class OptimizerCallback(pl.Callback):
         """Count from here: a checkpoint brings its own count."""
         self._skipped, self._checked = _skipped_steps(trainer), trainer.global_step
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count samples, for the noise scale."""
+        self.readings.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Have the readings kept of a step that is logged."""
+        self.readings.on_before_optimizer_step(trainer, pl_module, optimizer)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Warn of skipped updates."""
+        """Log the readings; warn of skipped updates."""
+        self.readings.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         every = max(trainer.log_every_n_steps, 1)  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             self._report_skipped(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn of those since the last report, too."""
+        """Warn of those since the last report, too; say what the gradients' noise means for the batch."""
+        self.readings.on_train_end(trainer, pl_module)
         self._report_skipped(trainer)
 
     def _report_skipped(self, trainer: pl.Trainer) -> None:

@@ -17,7 +17,7 @@ from lightning_namo.optim.adamw import AdamWStep, on_some_ranks_only
 from lightning_namo.optim.formulas import HyperParameters
 from lightning_namo.optim.groups import named_parameters
 from lightning_namo.optim.rule import Matrices, Rule
-from lightning_namo.optim.run import Requests, StackRun
+from lightning_namo.optim.run import Reading, Requests, StackRun
 from lightning_namo.optim.stack import MatrixParameter, MatrixStack, statistics_dtype
 from lightning_namo.optim.state import StatefulOptimizer
 from lightning_namo.optim.step_agreement import StepAgreement
@@ -75,6 +75,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             where the iteration runs in float32 (`iteration_dtype`), with three buckets in flight.
         batched: Whether the sums of all matrices are taken at once, and stacks and buckets are as large as their bound.
             None: on all devices but CPUs, which work on a stack while it is in the cache.
+        keeps_readings: Whether a step keeps what its rule reports, for `readings`. `ReadingLog` sets it for the steps
+            that it logs.
 
     Example:
         >>> from lightning_namo.optim import Polar, Sum
@@ -92,6 +94,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
 
     bucket_bytes: int | None = None
     batched: bool | None = None
+    keeps_readings: bool = False
+    _readings: Sequence[Reading] = ()  # of the last step
     _prepared: tuple[list[MatrixParameter], list[list[MatrixStack]], Exchange] | None = None
     _prepared_for: Sequence[tuple[Any, ...]] = ()
     _requests: dict[tuple[int, tuple[int, ...]], Requests]  # of what is prepared, by group and shape
@@ -138,6 +142,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         refusal = self._refusal(exchange)
         adamw = AdamWStep(self.param_groups, self.state, refused=refusal is not None)
         skipped = adamw.not_finite_flags()
+        readings: list[Reading] = []
         with exchange.workspace.frame():
             for runs in self._start(refused=refusal is not None):
                 if exchange.distributed:
@@ -148,12 +153,37 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 for run in itertools.chain.from_iterable(runs.values()):
                     if run.stack.part is not None:
                         run.count_step()
+                    if self.keeps_readings:
+                        readings += run.readings()
+        self._readings = readings
         adamw.run(skipped)
         self._count_adamw(skipped)
         self._warn_of_ungrouped()
         if refusal is not None:
             raise refusal  # the other ranks raise it in their next step
         return loss
+
+    def readings(self) -> dict[str, dict[str, Tensor]]:
+        """What the rule reported in the last step, if `keeps_readings` was set before it; steps taken and skipped.
+
+        Returns:
+            By name of a reading, and by name of a parameter: a tensor on the device, the same on all ranks, (B,) for
+            the parameter's matrices (1, or as many as it has blocks or experts), or (B, n) or (B, m) for their columns
+            or rows. NaN where a matrix was skipped, and behind the rows of lower blocks. A matrix without a gradient is
+            not there.
+        """
+        found: dict[Tensor, dict[str, Tensor]] = {}
+        for reading in self._readings:
+            reading.write(found)
+        by_name: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        for group in self.param_groups:
+            for tensor, name in named_parameters(group):
+                for key, values in found.get(tensor, {}).items():
+                    by_name[key][name] = values.flatten(0, 1).squeeze(1)
+                if tensor in found:
+                    for key in ("step", "skipped"):
+                        by_name[key][name] = self.state[tensor][key].reshape(1)
+        return dict(by_name)
 
     def sharing(self) -> str:
         """Which rank orthogonalizes how much, a line each. Before the first step this is collective."""
@@ -353,7 +383,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 for first, end in [(0, len(grads))] if exchange.distributed else _present(grads):
                     part = stack if end - first == len(grads) else stack.some(first, end)
                     requests = self.requests(stack.parameters[0])
-                    runs.append(StackRun(part, rule, requests, grads[first:end], exchange.workspace))
+                    runs.append(
+                        StackRun(part, rule, requests, grads[first:end], exchange.workspace, self.keeps_readings)
+                    )
             if exchange.distributed or exchange.batched:
                 together[number] = runs
             elif runs:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 Decay = Literal["adaptive", "lr"]
+Order = Literal["pre", "none", "post"]
 
 Tensors: TypeAlias = list[Tensor] | tuple[Tensor, ...]
 T = TypeVar("T", bound=Any)  # numbers or elements of a rule
@@ -92,6 +93,37 @@ def adam_correction(step: Tensor, h: HyperParameters) -> Tensor:
         h: With momentum (mu1) and beta2 (mu2).
     """
     return bias_correction(h.beta2, step).sqrt() / (bias_correction(h.momentum, step) + 1e-12)
+
+
+def signal_fraction(direction_sq: Tensor, second_moment: Tensor, step: Tensor, h: HyperParameters) -> Tensor:
+    """``rho = ||S||^2 / (||S||^2 + E||Xi||^2)`` of gradients ``G = S + Xi``: how much of them is not noise.
+
+    N and v are averages of the last gradients with known weights w and u. If S has not changed while they were taken,
+    and the noises Xi are independent, ``E||N||^2 = (sum w)^2 ||S||^2 + sum w^2 E||Xi||^2``, and v is an average of
+    ``||S||^2 + E||Xi||^2``. Solved for rho at every step t, not only at the limit.
+
+    Args:
+        direction_sq: ``||N||_F^2``.
+        second_moment: v, the average of ``||G||_F^2`` from zero.
+        step: t.
+        h: With momentum (mu1), nesterov and beta2 (mu2).
+
+    Returns:
+        An estimate of rho without bias, which may be below 0 or above 1; NaN where the averages say nothing: in the
+        first step, without momentum, or after zero gradients.
+
+    References:
+        The model is that of "Denoise First, Orthogonalize Later", arXiv 2606.03899; the estimate is ours.
+    """
+    mu = h.momentum
+    total = bias_correction(mu, step)
+    squares = (1 - mu) / (1 + mu) * bias_correction(mu**2, step)
+    if h.nesterov:
+        total = (1 - mu) + mu * total
+        squares = mu**2 * squares + (1 - mu) ** 2 * (1 + 2 * mu)
+    alpha_sq = direction_sq * bias_correction(h.beta2, step) / second_moment
+    rho = (alpha_sq - squares) / (total**2 - squares)
+    return cast(Tensor, rho).masked_fill((step < 2) | (mu == 0) | (second_moment == 0), math.nan)
 
 
 def ratio(numerator: T | float, denominator: T) -> T:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, get_args
 
 from lightning_namo.arguments import Range, choice
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
-from lightning_namo.optim.formulas import HyperParameters, ratio, rms_factor, shape_factor
+from lightning_namo.optim.formulas import HyperParameters, Order, ratio, rms_factor, shape_factor
 from lightning_namo.optim.groups import Params, hyper_parameters
 from lightning_namo.optim.ranges import MomentumDtype
 from lightning_namo.optim.rule import Matrices, Polar, Rule, Sum
 from lightning_namo.polar.coefficients import Coefficients
 from lightning_namo.polar.orthogonalize import Method
-
-Order = Literal["pre", "none", "post"]
 
 
 class Muon(OrthogonalizedOptimizer):
@@ -81,7 +79,9 @@ class Muon(OrthogonalizedOptimizer):
         O = yield Polar(x.advance(h) if h.order == "pre" else x.grad)
         if h.order == "post":
             O = x.advance(h, toward=O)
-        x.apply(O, step_size=h.lr * shape_factor(x.shape, h.shape_scale), decay=1 - h.lr * h.weight_decay)
+        step_size = h.lr * shape_factor(x.shape, h.shape_scale)
+        x.report(effective_step=step_size, effective_decay=lambda: h.lr * h.weight_decay)
+        x.apply(O, step_size, decay=1 - h.lr * h.weight_decay)
 
 
 class AdaMuon(OrthogonalizedOptimizer):
@@ -150,4 +150,6 @@ class AdaMuon(OrthogonalizedOptimizer):
         U = ratio(O, x.v.sqrt() + h.eps)
         (U_sq,) = yield Sum(x.square_sum(U))
         norm = h.lr * rms_factor(x.shape, h.shape_scale)
-        x.apply(U, step_size=ratio(norm, U_sq.sqrt() + h.eps), decay=1 - h.lr * h.weight_decay)
+        step_size = ratio(norm, U_sq.sqrt() + h.eps)
+        x.report(effective_step=step_size, effective_decay=lambda: h.lr * h.weight_decay)
+        x.apply(U, step_size, decay=1 - h.lr * h.weight_decay)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, get_args
 
+from torch import Tensor
+
 from lightning_namo.arguments import POSITIVE, Range, check, choice, is_number, or_none
+from lightning_namo.optim.elements import Elements
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.formulas import (
     Decay,
     HyperParameters,
+    Order,
     adam_correction,
+    bias_correction,
     capped,
     decay_factor,
     ratio,
     shape_factor,
+    signal_fraction,
 )
 from lightning_namo.optim.groups import Params, hyper_parameters
 from lightning_namo.optim.ranges import MomentumDtype
@@ -39,6 +46,26 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
             beta2,
         )
 
+    _least_decay: ClassVar[float | None] = None  # what the weight is multiplied by at least
+
+    def _apply(
+        self, x: Matrices, h: HyperParameters, O: Elements, correction: Tensor, r: Tensor, readings: dict[str, Any]
+    ) -> None:
+        """``a = lr correction r``: step and decay, within their caps, and readings of them."""
+        a, s = h.lr * correction * r, shape_factor(x.shape, h.shape_scale)
+        step_size, decay = capped(a * s, h.max_step), decay_factor(a, h)
+        if self._least_decay is not None:
+            decay = decay.clamp(min=self._least_decay)
+        largest = s if h.decay == "lr" else max(s, 1.0)  # what a is multiplied by before it meets the cap
+        x.report(
+            step_scale=lambda: correction * r,
+            effective_step=step_size,
+            effective_decay=lambda: 1 - decay,
+            at_cap=lambda: (a * largest > (h.max_step or math.inf)).float().mean(dim=-1, keepdim=True),
+            **readings,
+        )
+        x.apply(O, step_size, decay)
+
 
 class NAMO(_AdaptiveScale):
     r"""Muon's orthogonalized momentum, scaled by one adaptive number per matrix.
@@ -52,6 +79,12 @@ class NAMO(_AdaptiveScale):
 
     The defaults are the official code's; ``nesterov=False, shape_scale=None, max_step=None`` is the paper's box.
 
+    Momentum comes before the polar factor, ``order="pre"``. The other orders, as `Muon`'s, are there to compare. Their
+    adaptive number is ours, since the papers have none: "none" orthogonalizes G, and takes ``||G||_F`` for
+    ``||N||_F`` and mu1 = 0 for its correction; "post" averages polar factors, and takes the norm of their average
+    relative to that of a polar factor, ``a = lr / (1 - mu1^t) ||N||_F / sqrt(min(m, n))``, which is 1 for a constant
+    gradient and small in noise as that of "pre", and whatever the size of the gradient.
+
     Args:
         params: What `split_parameters` returns, or torch's usual iterables and groups; a group with
             ``orthogonalize=False`` gets AdamW.
@@ -61,6 +94,7 @@ class NAMO(_AdaptiveScale):
         beta2: mu2, in [0, 1).
         eps: Added to sqrt(v), in units of the gradient's Frobenius norm.
         nesterov: Whether N looks ahead.
+        order: Whether momentum comes before the polar factor ("pre"), after it ("post"), or not at all ("none").
         ns_steps: Newton-Schulz steps.
         ns_coefficients: "quintic", "polar_express", or triples (a, b, c).
         orthogonalizer: "newton_schulz" (bfloat16 or float32: `iteration_dtype`) or "svd" (exact).
@@ -77,13 +111,17 @@ class NAMO(_AdaptiveScale):
         ValueError: For values out of range, parameters that are not matrices, or no matrix at all.
 
     References:
-        "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 1.
+        "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 1;
+        orders: "Denoise First, Orthogonalize Later", arXiv 2606.03899.
 
     Example:
         >>> import torch
         >>> layer = torch.nn.Linear(4, 3)
         >>> optimizer = NAMO([layer.weight], lr=0.01)
     """
+
+    ranges: ClassVar[Mapping[str, Range]] = {"order": choice(*get_args(Order))}
+    fixed: ClassVar[Mapping[str, Any]] = {"order": "pre"}
 
     def __init__(
         self,
@@ -95,6 +133,7 @@ class NAMO(_AdaptiveScale):
         eps: float = 1e-8,
         nesterov: bool = True,
         *,
+        order: Order = "pre",
         ns_steps: int = 5,
         ns_coefficients: Coefficients = "quintic",
         orthogonalizer: Method = "newton_schulz",
@@ -113,12 +152,26 @@ class NAMO(_AdaptiveScale):
 
     def rule(self, x: Matrices, h: HyperParameters) -> Rule:
         """Algorithm 1."""
+        if h.order != "pre":
+            return (yield from self._other_order(x, h))
         G_sq, N_sq = yield Sum(x.square_sum(x.grad), x.square_sum(x.look_ahead(h)))
         x.v = h.beta2 * x.v + (1 - h.beta2) * G_sq
-        a = h.lr * adam_correction(x.step, h) * ratio(N_sq.sqrt(), x.v.sqrt() + h.eps)
+        correction, r = adam_correction(x.step, h), ratio(N_sq.sqrt(), x.v.sqrt() + h.eps)
         O = yield Polar(x.advance(h))
-        s = shape_factor(x.shape, h.shape_scale)
-        x.apply(O, step_size=capped(a * s, h.max_step), decay=decay_factor(a, h))
+        readings = {"signal_fraction": lambda: signal_fraction(N_sq, x.v, x.step, h)}
+        self._apply(x, h, O, correction, r, readings)
+
+    def _other_order(self, x: Matrices, h: HyperParameters) -> Rule:
+        """Without momentum, or with the momentum of polar factors."""
+        (G_sq,) = yield Sum(x.square_sum(x.grad))
+        x.v = h.beta2 * x.v + (1 - h.beta2) * G_sq
+        O = yield Polar(x.grad)
+        correction, r = bias_correction(h.beta2, x.step).sqrt(), ratio(G_sq.sqrt(), x.v.sqrt() + h.eps)
+        if h.order == "post":
+            O = x.advance(h, toward=O).clone()
+            (O_sq,) = yield Sum(x.square_sum(O))
+            correction, r = 1 / bias_correction(h.momentum, x.step), (O_sq / min(x.shape)).sqrt()
+        self._apply(x, h, O, correction, r, {})
 
 
 class NAMOD(_AdaptiveScale):
@@ -160,6 +213,7 @@ class NAMOD(_AdaptiveScale):
         "Adam Improves Muon: Adaptive Moment Estimation with Orthogonalized Momentum", arXiv 2602.17080, algorithm 2.
     """
 
+    _least_decay = 0.0
     ranges: ClassVar[Mapping[str, Range]] = {
         "clamp": Range(
             lambda value: value is None or (is_number(value) and 0 <= value <= 1), "in (0, 1], or None or 0 for none"
@@ -197,11 +251,13 @@ class NAMOD(_AdaptiveScale):
         """Algorithm 2."""
         G_sq, N_sq = yield Sum(x.column_square_sum(x.grad), x.column_square_sum(x.look_ahead(h)))
         x.v = h.beta2 * x.v + (1 - h.beta2) * G_sq
+        readings = {"signal_fraction": lambda: signal_fraction(N_sq.sum(-1, True), x.v.sum(-1, True), x.step, h)}
         r = ratio(N_sq.sqrt(), x.v.sqrt() + h.eps)
         if h.clamp:
-            mean = r.mean(dim=-1, keepdim=True)
+            free, mean = r, r.mean(dim=-1, keepdim=True)
             r = r.clamp(min=h.clamp * mean, max=mean / h.clamp)
-        a = h.lr * adam_correction(x.step, h) * r
+            readings["at_lower_clamp"] = lambda: (free < h.clamp * mean).float().mean(dim=-1, keepdim=True)
+            readings["at_upper_clamp"] = lambda: (free > mean / h.clamp).float().mean(dim=-1, keepdim=True)
+        correction = adam_correction(x.step, h)
         O = yield Polar(x.advance(h))
-        s = shape_factor(x.shape, h.shape_scale)
-        x.apply(O, step_size=capped(a * s, h.max_step), decay=decay_factor(a, h).clamp(min=0.0))
+        self._apply(x, h, O, correction, r, readings)

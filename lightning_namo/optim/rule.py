@@ -7,7 +7,7 @@ elements are laid out like the local shard and are of another type, `Elements`, 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -90,6 +90,7 @@ class Matrices:
     _resumed: int
     _summed: int  # how many sums before the first polar factor were answered
     _written: list[str]
+    _readings: dict[str, Tensor] | None  # what the rule reports, if somebody looks
 
     def __init__(
         self, of: MatrixStack, blocks: Sequence[int], grads: Sequence[Tensor | None], workspace: Workspace
@@ -104,6 +105,7 @@ class Matrices:
             "_resumed": 0,
             "_summed": 0,
             "_written": [],
+            "_readings": None,
         }
         own["_on_cpu"] = of.state["step"].is_cpu
         small = self._on_cpu or of.layout.region.numel < _SMALL
@@ -227,6 +229,19 @@ class Matrices:
         else:
             numbers = sizes.unbind(), None if factors is None else factors.unbind()
             formulas.apply_update(weights, stacked.unbind(), *numbers)
+
+    def report(self, **readings: Tensor | float | Callable[[], Tensor | float]) -> None:
+        """Leave readings of this step, ``x.report(step_scale=lambda: a / h.lr)``, if somebody looks: else it is free.
+
+        `OrthogonalizedOptimizer.readings` gives them, and `ReadingLog` logs them by their names.
+
+        Args:
+            readings: Numbers (K, 1, 1), (K, 1, n) or (K, m, 1), or one for all, or functions that compute such, which
+                are called at once, and only if somebody looks.
+        """
+        if self._readings is not None:
+            for name, reading in readings.items():
+                self._readings[name] = self._number(reading() if callable(reading) else reading, f"the reading {name}")
 
     # ------------------------------------------------------------------ states
 

@@ -44,6 +44,37 @@ class Requests:
         return self.kinds.index("polar")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a rule has reported of some blocks of a stack's parameters; NaN where a matrix was skipped.
+
+    Attributes:
+        stack: The matrices.
+        blocks: Which blocks, of one shape.
+        name: That the rule gave it.
+        number: (K, 1, 1), (K, 1, n) or (K, m, 1).
+    """
+
+    stack: MatrixStack
+    blocks: Sequence[int]
+    name: str
+    number: Tensor
+
+    def write(self, found: dict[Tensor, dict[str, Tensor]]) -> None:
+        """Write it among those of all matrices of each parameter, (matrices, blocks, 1 or m or n), by name."""
+        stack, part = self.stack, self.stack.part
+        rows, columns = self.number.shape[1:]
+        width = max(m for m, _ in stack.layout.matrix_shapes) if rows > 1 else columns
+        count, first = (1, 0) if part is None else (part.of.count, part.first)
+        values = self.number.view(stack.count, len(self.blocks), rows * columns)
+        for place, parameter in enumerate(stack.parameters):
+            of_parameter, own = found.setdefault(parameter.tensor, {}), values if part else values[place : place + 1]
+            if self.name not in of_parameter:
+                of_parameter[self.name] = values.new_full((count, len(stack.layout.blocks), width), math.nan)
+            for block, value in zip(self.blocks, own.unbind(1), strict=True):
+                of_parameter[self.name][first : first + len(own), block, : rows * columns].copy_(value)
+
+
 class StackRun:
     """A rule at work on a stack.
 
@@ -53,6 +84,7 @@ class StackRun:
         requests: What the rule asks for.
         grads: The local gradients of the stack's parameters.
         workspace: For what is needed for a moment.
+        keeps_readings: Whether the rule's readings are kept.
     """
 
     def __init__(
@@ -62,10 +94,14 @@ class StackRun:
         requests: Requests,
         grads: Sequence[Tensor | None],
         workspace: Workspace,
+        keeps_readings: bool = False,
     ) -> None:
         self.stack, self.requests, self._grads, self._workspace = stack, requests, grads, workspace
         h = hyper_parameters(stack.group)
         self._xs = [Matrices(stack, blocks, grads, workspace) for blocks in stack.block_sets]
+        if keeps_readings:
+            for x in self._xs:
+                x.__dict__["_readings"] = {}
         self._rules = [rule(x, h) for x in self._xs]
         self._asked: list[Sum | Polar] = []
         self._answers: list[Any] | None = None
@@ -275,6 +311,14 @@ class StackRun:
             if self.stack.part is None:
                 self.stack.state["step"] += self._valid
                 self.stack.state["skipped"] += self._skipped
+
+    def readings(self) -> list[Reading]:
+        """What the rule has reported, once it has ended."""
+        return [
+            Reading(self.stack, blocks, name, number.masked_fill(x._of_parameters(self._invalid), math.nan))
+            for x, blocks in zip(self._xs, self.stack.block_sets, strict=True)
+            for name, number in (x._readings or {}).items()
+        ]
 
     def count_step(self) -> None:
         """Count the step of a batched parameter, once the rules of all its parts have ended."""

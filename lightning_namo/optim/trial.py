@@ -72,6 +72,7 @@ def scratch_of(
     trial = _Trial(rule, kinds, parameter, count, 0)
     trial.x.__dict__.update(_on_cpu=on_cpu, _in_one=trial.x._in_one or (on_cpu and count > 1))
     trial.memory = _Memory()
+    trial.x.__dict__["_readings"] = None
     trial.run()
     first, ends = trial.asked.index("polar"), [*trial.asked, "the end"]  # what each phase comes to
     lives = list(zip(ends, trial.lives, strict=True))
@@ -100,6 +101,7 @@ class _Trial:
         self.steps = rule(self.x, hyper_parameters(parameter.group))
         if not isinstance(self.steps, Generator):
             raise TypeError(f"Expected the rule of {self.name} to be a generator: O = yield Polar(x.advance(h)).")
+        self.x.__dict__["_readings"] = {}  # mistakes in them are told now
         self.memory: _Memory | None = None
         self.asked: list[str] = []
         self.sums: list[int] = []

@@ -1,0 +1,242 @@
+"""Logs what the optimizer reports, and what follows for the batch size."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.data import extract_batch_size
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+from torchmetrics.aggregation import RunningMean
+
+from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.optim.groups import named_parameters
+from lightning_namo.telemetry.noise import Averages, SignalFraction, noise_scale
+
+MOST_MATRICES = 64
+"""With more, single matrices are logged only if that is asked for."""
+
+_WINDOW = 20  # logged steps of which `at_cap` is the share
+_APART = 4.0  # times the median noise scale
+_NAMED = 3  # of the layers that stand apart, at either end
+_BOUND = {"signal_fraction": "_at_most", "noise_scale": "_at_least", "noise_scale_tokens": "_at_least"}
+
+Number: TypeAlias = tuple[float, bool]  # and whether it is a bound only
+Numbers: TypeAlias = dict[str, dict[str, Number]]  # by name of a reading and by name of a matrix
+
+
+class ReadingLog(pl.Callback):
+    """Logs what an `OrthogonalizedOptimizer` reports, at the Trainer's log interval; `OptimizerCallback` has one.
+
+    For the step that is logged, and with ``<parameter>[i]`` for the matrices of one that has several (blocks, experts):
+
+    - ``step_scale/<parameter>``: NAMO's adaptive number, a / lr. ``effective_step``: what the orthogonalized direction
+      is multiplied by. ``effective_decay``: the share by which the weight is shrunk. Of numbers of columns (NAMO-D) it
+      is their mean, and ``step_scale_min`` and ``step_scale_max`` the least and the greatest.
+    - ``at_lower_clamp``, ``at_upper_clamp``: the share of NAMO-D's columns there. ``at_cap``: the share of the last 20
+      logged steps (and of columns) in which ``max_step`` bounded the step.
+    - ``signal_fraction``: rho, the share of the squared norm of a gradient that is not noise, from the averages that
+      NAMO and NAMO-D keep (`lightning_namo.optim.formulas.signal_fraction`). Where it is less than three standard
+      errors, it is not logged, but ``signal_fraction_at_most``, its upper bound.
+    - ``noise_scale``: the gradient noise scale B_simple in samples, and ``noise_scale_tokens`` in tokens where a batch
+      has them (its first integer tensor of two dimensions); or ``noise_scale_at_least``.
+    - ``skipped_steps``, since the optimizer was made. What a rule of one's own reports, by its name.
+
+    Each also as ``.../median``, ``.../min`` and ``.../max`` over all matrices.
+
+    Args:
+        matrices: Whether to log every matrix; None: if there are at most 64.
+        aggregates: Whether to log median, minimum and maximum.
+
+    References:
+        Noise scale: "An Empirical Model of Large-Batch Training", arXiv 1812.06162.
+    """
+
+    def __init__(self, matrices: bool | None = None, aggregates: bool = True) -> None:
+        super().__init__()
+        self.matrices, self.aggregates = matrices, aggregates
+        self.prints_summary = True
+        self._samples = self._tokens = 0  # of this rank, since the last step
+        self._batch = self._batch_tokens = 0  # of all ranks, in the last step
+        self._has_size = True
+        self._is_logged = False
+        self._signals: dict[str, SignalFraction] = {}
+        self._at_cap: defaultdict[str, RunningMean] = defaultdict(lambda: RunningMean(window=_WINDOW))
+
+    # ------------------------------------------------------------------ hooks
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count samples and tokens."""
+        try:
+            self._samples += extract_batch_size(batch)
+        except MisconfigurationException:
+            if self._has_size:
+                rank_zero_warn(
+                    "The noise scale is not logged: the batch has no size that Lightning can tell. The signal fraction "
+                    "is; with it the noise scale is batch size * (1 - rho) / rho."
+                )
+            self._has_size = False
+        ids = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
+        self._tokens += next((t.numel() for t in ids if t.dim() == 2 and not t.is_floating_point()), 0)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Have the optimizer keep the readings of the step that is logged."""
+        placement = trainer.distributed_sampler_kwargs
+        replicas = 1 if placement is None else placement["num_replicas"]
+        self._batch, self._batch_tokens = self._samples * replicas, self._tokens * replicas
+        self._samples = self._tokens = 0
+        is_logged = bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+        for each in _optimizers(trainer):
+            each.keeps_readings = is_logged
+        self._is_logged = is_logged
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log, if a step was taken."""
+        if not self._is_logged:
+            return
+        self._is_logged = False
+        found: Numbers = {}
+        for optimizer in _optimizers(trainer):
+            for name, numbers in self._read(optimizer).items():
+                found.setdefault(name, {}).update(numbers)
+        metrics = self._metrics(found)
+        if metrics:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what to do, unless a table does."""
+        for optimizer in _optimizers(trainer):
+            optimizer.keeps_readings = False
+        if self.prints_summary and (words := self.summary()):
+            rank_zero_info(f"Gradient noise: {words}")
+
+    # ------------------------------------------------------------------ numbers
+
+    def _read(self, optimizer: OrthogonalizedOptimizer) -> Numbers:
+        """The readings of an optimizer's last step, in one transfer, and estimates in place of signal fractions."""
+        on_device: dict[tuple[str, str], Tensor] = {}
+        for name, of_parameters in optimizer.readings().items():
+            for parameter, values in of_parameters.items():
+                if values.dim() == 1:
+                    on_device[name, parameter] = values
+                else:
+                    absent = values.isnan()
+                    on_device[name, parameter] = values.nanmean(dim=1)
+                    on_device[f"{name}_min", parameter] = values.masked_fill(absent, math.inf).amin(dim=1)
+                    on_device[f"{name}_max", parameter] = values.masked_fill(absent, -math.inf).amax(dim=1)
+        if not on_device:
+            return {}
+        together = iter(torch.cat([values.float() for values in on_device.values()]).tolist())  # waits for the device
+        on_host = {key: list(itertools.islice(together, len(values))) for key, values in on_device.items()}
+        averages, found = _averages(optimizer), defaultdict[str, dict[str, Number]](dict)
+        for (name, parameter), numbers in on_host.items():
+            for i, value in enumerate(numbers):
+                matrix = f"{parameter}[{i}]" if len(numbers) > 1 else parameter
+                if name == "signal_fraction" and parameter in averages:
+                    signal = self._signals.setdefault(matrix, SignalFraction(averages[parameter]))
+                    signal.add(int(on_host["step", parameter][0]), value)
+                    if math.isfinite(value) and (estimate := signal.estimate()):
+                        found[name][matrix] = estimate.rho, estimate.is_bound
+                elif name == "at_cap" and math.isfinite(value):
+                    found[name][matrix] = float(self._at_cap[matrix](value)), False
+                elif name != "step" and math.isfinite(value):
+                    found[{"skipped": "skipped_steps"}.get(name, name)][matrix] = value, False
+        return found
+
+    def _metrics(self, found: Numbers) -> dict[str, float]:
+        """What is logged, by tag."""
+        for name, batch in {"noise_scale": self._batch, "noise_scale_tokens": self._batch_tokens}.items():
+            if batch:
+                signals = found.get("signal_fraction", {})
+                found[name] = {m: (noise_scale(rho, batch), is_bound) for m, (rho, is_bound) in signals.items() if rho}
+        metrics = {}
+        matrices = {matrix for of_matrices in found.values() for matrix in of_matrices}
+        for name, of_matrices in found.items():
+            shown = dict(of_matrices) if self._logs_matrices(len(matrices)) else {}
+            if self.aggregates and of_matrices:
+                ordered = sorted(of_matrices.values())
+                shown |= {"min": ordered[0], "median": median(ordered), "max": ordered[-1]}
+            for of, (value, is_bound) in shown.items():
+                metrics[f"{name}{_BOUND[name] if is_bound else ''}/{of}"] = value
+        return metrics
+
+    def _logs_matrices(self, count: int) -> bool:
+        return count <= MOST_MATRICES if self.matrices is None else self.matrices
+
+    def summary(self) -> str | None:
+        """What a user can act on: median signal fraction, noise scale beside the batch, and what stands apart.
+
+        None without a signal fraction or a batch size.
+        """
+        estimates = {matrix: signal.estimate() for matrix, signal in self._signals.items()}
+        rhos = {matrix: (e.rho, e.is_bound) for matrix, e in estimates.items() if e is not None and e.rho}
+        if not rhos or not self._batch:
+            return None
+        (rho, is_bound), batch = median(sorted(rhos.values())), self._batch
+        scale = noise_scale(rho, batch)
+        tokens = f" ({self._batch_tokens * scale / batch:,.0f} tokens)" if self._batch_tokens else ""
+        of_batch = f" ({self._batch_tokens:,} tokens)" if self._batch_tokens else ""
+        if scale > _APART * batch:
+            advice = "steps on larger batches would be better ones"
+        elif scale < batch / _APART and not is_bound:
+            advice = "smaller batches would do"
+        else:
+            advice = "the batch is of its size"
+        words = [
+            f"signal {'at most ' if is_bound else ''}{rho:.1%} of the gradient (median of {len(rhos)} matrices)",
+            f"noise scale {'at least ' if is_bound else ''}{scale:,.0f} samples{tokens} beside a batch of "
+            f"{batch:,}{of_batch}: {advice}",
+        ]
+        apart = {m: noise_scale(value, batch) for m, (value, bound) in rhos.items()}
+        noisy = [m for m in sorted(apart, key=apart.__getitem__, reverse=True) if apart[m] > _APART * scale]
+        clear = [m for m in sorted(apart, key=apart.__getitem__) if apart[m] < scale / _APART and not rhos[m][1]]
+        for which, names in {"noisier": noisy, "clearer": clear}.items():
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                listed = ", ".join(f"{m} ({rhos[m][0]:.1%})" for m in names[:_NAMED])
+                words.append(f"{which} by more than {_APART:.0f} times: {listed}{more}")
+        return "; ".join(words)
+
+
+def reading_log(trainer: pl.Trainer) -> ReadingLog | None:
+    """The log among a Trainer's callbacks, or that of its `OptimizerCallback`."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    logs = (each if isinstance(each, ReadingLog) else getattr(each, "readings", None) for each in callbacks)
+    return next((log for log in logs if isinstance(log, ReadingLog)), None)
+
+
+def median(ordered: Sequence[Number]) -> Number:
+    """The median of numbers that are in order; a bound, if it is the mean of some."""
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
+    return sum(value for value, _ in middle) / len(middle), any(is_bound for _, is_bound in middle)
+
+
+def _averages(optimizer: OrthogonalizedOptimizer) -> dict[str, Averages]:
+    """How the signal fraction is averaged, of the parameters whose groups say so."""
+    keys = ("momentum", "nesterov", "beta2")
+    return {
+        name: Averages(*(group[key] for key in keys))
+        for group in optimizer.param_groups
+        if group["orthogonalize"] and all(key in group for key in keys)
+        for _, name in named_parameters(group)
+    }
+
+
+def _optimizers(trainer: pl.Trainer) -> list[OrthogonalizedOptimizer]:
+    return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, OrthogonalizedOptimizer)]
