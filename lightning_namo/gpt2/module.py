@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.throughput import measure_flops
 from torch import Tensor
 from torch.nn import functional
+from torchmetrics import MeanMetric
 
 from lightning_namo.arguments import COUNT, check_ranges
 from lightning_namo.gpt2.data.loaders import IGNORED, Batch
@@ -128,22 +129,22 @@ class GPT2Module(ClipsGradients):
         return loss
 
     def on_validation_epoch_start(self) -> None:
-        """Start the sums over the validation set.
+        """Start the mean over the validation set.
 
-        Not a metric of torchmetrics: a module filled in from the meta device leaves its state uninitialized.
+        A metric made here and kept in a tuple is no submodule: one that is filled in from the meta device would have an
+        uninitialized state.
         """
-        self._val_sums = torch.zeros(2, device=self.device)
+        self._val_loss = (MeanMetric(nan_strategy="disable").to(self.device),)  # a NaN is told
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to the sums."""
+        """Add a batch to the mean over tokens."""
         inputs, targets = batch
         total, count = cross_entropy(self(inputs), targets)
-        self._val_sums += torch.stack((total, count))
+        self._val_loss[0].update(total / count.clamp(min=1), count)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the mean cross-entropy (nats per token) and the perplexity, which is exp of that mean."""
-        total, count = self.trainer.strategy.reduce(self._val_sums, reduce_op="sum")
-        loss = total / count
+        """Log the mean cross-entropy (nats per token) and the perplexity, which is exp of that mean, over all ranks."""
+        loss = self._val_loss[0].compute()
         self.log_dict({"val/loss": loss, "val/perplexity": loss.exp()}, prog_bar=True, sync_dist=True)
 
     @property

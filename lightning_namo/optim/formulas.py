@@ -100,7 +100,8 @@ def signal_fraction(direction_sq: Tensor, second_moment: Tensor, step: Tensor, h
 
     N and v are averages of the last gradients with known weights w and u. If S has not changed while they were taken,
     and the noises Xi are independent, ``E||N||^2 = (sum w)^2 ||S||^2 + sum w^2 E||Xi||^2``, and v is an average of
-    ``||S||^2 + E||Xi||^2``. Solved for rho at every step t, not only at the limit.
+    ``||S||^2 + E||Xi||^2``. Solved for rho at every step t, not only at the limit. A signal that turns within the
+    averages' 1 / (1 - mu1) steps counts as noise, and one that swings to and fro makes the estimate negative.
 
     Args:
         direction_sq: ``||N||_F^2``.

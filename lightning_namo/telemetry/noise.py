@@ -17,6 +17,7 @@ import math
 from collections import deque
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -99,15 +100,17 @@ def noise_scale(rho: float, batch: float) -> float:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A signal fraction, or where that is not told from zero, the most that it may be.
+    """A signal fraction, or what can be said of it.
 
     Attributes:
-        rho: In (0, 1].
-        is_bound: Whether it is at most that.
+        rho: The number.
+        kind: "value": a fraction that is told from zero. "at_most": a bound, where it is not. "negative": told from
+            zero, too, but on the other side, where no fraction can be: the gradients of neighbouring steps oppose each
+            other, since the signal swings faster than the averages follow, and how large it is they do not say.
     """
 
     rho: float
-    is_bound: bool
+    kind: Literal["value", "at_most", "negative"]
 
 
 class SignalFraction:
@@ -148,13 +151,15 @@ class SignalFraction:
         return min(step, self.averages.length)
 
     def estimate(self) -> Estimate | None:
-        """The last reading, or the most that it may be; None: there is none."""
+        """What the last reading says; None: there is none."""
         if not self._readings:
             return None
-        rho, error = self._readings[-1][1], self.error()
+        rho, error = self.last, self.error()
+        if rho < -SURE * error:
+            return Estimate(rho, "negative")
         if rho < SURE * error:
-            return Estimate(min(max(rho, 0.0) + SURE * error, 1.0), True)
-        return Estimate(min(rho, 1.0), False)
+            return Estimate(min(max(rho, 0.0) + SURE * error, 1.0), "at_most")
+        return Estimate(min(rho, 1.0), "value")
 
 
 def _rounded(rho: float) -> float:

@@ -28,9 +28,9 @@ MOST_MATRICES = 64
 _WINDOW = 20  # logged steps of which `at_cap` is the share
 _APART = 4.0  # times the median noise scale
 _NAMED = 3  # of the layers that stand apart, at either end
-_BOUND = {"signal_fraction": "_at_most", "noise_scale": "_at_least", "noise_scale_tokens": "_at_least"}
+_OF_NOISE = {"value": "value", "at_most": "at_least"}  # what a noise scale is, by what its signal fraction is
 
-Number: TypeAlias = tuple[float, bool]  # and whether it is a bound only
+Number: TypeAlias = tuple[float, str]  # and what it is: "value", or what a tag adds: "at_most", "at_least", "negative"
 Numbers: TypeAlias = dict[str, dict[str, Number]]  # by name of a reading and by name of a matrix
 
 
@@ -46,7 +46,9 @@ class ReadingLog(pl.Callback):
       logged steps (and of columns) in which ``max_step`` bounded the step.
     - ``signal_fraction``: rho, the share of the squared norm of a gradient that is not noise, from the averages that
       NAMO and NAMO-D keep (`lightning_namo.optim.formulas.signal_fraction`). Where it is less than three standard
-      errors, it is not logged, but ``signal_fraction_at_most``, its upper bound.
+      errors, it is not logged, but ``signal_fraction_at_most``, its upper bound. A signal that turns within
+      1 / (1 - momentum) steps counts as noise; where it swings to and fro, ``signal_fraction_negative`` is logged, and
+      no noise scale.
     - ``noise_scale``: the gradient noise scale B_simple in samples, and ``noise_scale_tokens`` in tokens where a batch
       has them (its first integer tensor of two dimensions); or ``noise_scale_at_least``.
     - ``skipped_steps``, since the optimizer was made. What a rule of one's own reports, by its name.
@@ -70,7 +72,7 @@ class ReadingLog(pl.Callback):
         self._has_size = True
         self._is_logged = False
         self._signals: dict[str, SignalFraction] = {}
-        self._at_cap: defaultdict[str, RunningMean] = defaultdict(lambda: RunningMean(window=_WINDOW))
+        self._at_cap: dict[str, RunningMean] = {}
 
     # ------------------------------------------------------------------ hooks
 
@@ -152,19 +154,20 @@ class ReadingLog(pl.Callback):
                     signal = self._signals.setdefault(matrix, SignalFraction(averages[parameter]))
                     signal.add(int(on_host["step", parameter][0]), value)
                     if math.isfinite(value) and (estimate := signal.estimate()):
-                        found[name][matrix] = estimate.rho, estimate.is_bound
+                        found[name][matrix] = estimate.rho, estimate.kind
                 elif name == "at_cap" and math.isfinite(value):
-                    found[name][matrix] = float(self._at_cap[matrix](value)), False
+                    share = self._at_cap.setdefault(matrix, RunningMean(window=_WINDOW))
+                    share.update(value)
+                    found[name][matrix] = float(share.compute()), "value"
                 elif name != "step" and math.isfinite(value):
-                    found[{"skipped": "skipped_steps"}.get(name, name)][matrix] = value, False
+                    found[{"skipped": "skipped_steps"}.get(name, name)][matrix] = value, "value"
         return found
 
     def _metrics(self, found: Numbers) -> dict[str, float]:
         """What is logged, by tag."""
         for name, batch in {"noise_scale": self._batch, "noise_scale_tokens": self._batch_tokens}.items():
             if batch:
-                signals = found.get("signal_fraction", {})
-                found[name] = {m: (noise_scale(rho, batch), is_bound) for m, (rho, is_bound) in signals.items() if rho}
+                found[name] = _noise_scales(found.get("signal_fraction", {}), batch)
         metrics = {}
         matrices = {matrix for of_matrices in found.values() for matrix in of_matrices}
         for name, of_matrices in found.items():
@@ -172,8 +175,8 @@ class ReadingLog(pl.Callback):
             if self.aggregates and of_matrices:
                 ordered = sorted(of_matrices.values())
                 shown |= {"min": ordered[0], "median": median(ordered), "max": ordered[-1]}
-            for of, (value, is_bound) in shown.items():
-                metrics[f"{name}{_BOUND[name] if is_bound else ''}/{of}"] = value
+            for of, (value, kind) in shown.items():
+                metrics[f"{name}{'' if kind == 'value' else f'_{kind}'}/{of}"] = value
         return metrics
 
     def _logs_matrices(self, count: int) -> bool:
@@ -185,31 +188,40 @@ class ReadingLog(pl.Callback):
         None without a signal fraction or a batch size.
         """
         estimates = {matrix: signal.estimate() for matrix, signal in self._signals.items()}
-        rhos = {matrix: (e.rho, e.is_bound) for matrix, e in estimates.items() if e is not None and e.rho}
-        if not rhos or not self._batch:
+        rhos = {matrix: (e.rho, str(e.kind)) for matrix, e in estimates.items() if e is not None}
+        batch, count = self._batch, len(rhos)
+        scales = _noise_scales(rhos, batch)
+        if not rhos or not batch:
             return None
-        (rho, is_bound), batch = median(sorted(rhos.values())), self._batch
-        scale = noise_scale(rho, batch)
-        tokens = f" ({self._batch_tokens * scale / batch:,.0f} tokens)" if self._batch_tokens else ""
-        of_batch = f" ({self._batch_tokens:,} tokens)" if self._batch_tokens else ""
-        if scale > _APART * batch:
-            advice = "steps on larger batches would be better ones"
-        elif scale < batch / _APART and not is_bound:
+        swinging = sum(kind == "negative" for _, kind in rhos.values())
+        if 2 * swinging > count:
+            return (
+                f"in {swinging} of {count} matrices the gradients of neighbouring steps oppose each other: the signal "
+                f"swings faster than the momentum averages, and whether the batch of {batch:,} is large enough its "
+                "averages cannot tell. A lower learning rate may suit; GradientNoiseScale measures the noise directly"
+            )
+        (rho, kind), (scale, _) = median(sorted(rhos.values())), median(sorted(scales.values()))
+        is_bound = kind != "value"
+        per_sample = self._batch_tokens / batch
+        tokens = [f" ({n * per_sample:,.0f} tokens)" if per_sample else "" for n in (scale, batch)]
+        if scale < batch / _APART and not is_bound:
             advice = "smaller batches would do"
+        elif scale > _APART * batch:
+            advice = "little persists from step to step; if that is noise and no signal that turns, larger batches pay"
         else:
-            advice = "the batch is of its size"
+            advice = "they are of one size"
         words = [
-            f"signal {'at most ' if is_bound else ''}{rho:.1%} of the gradient (median of {len(rhos)} matrices)",
-            f"noise scale {'at least ' if is_bound else ''}{scale:,.0f} samples{tokens} beside a batch of "
-            f"{batch:,}{of_batch}: {advice}",
+            f"signal {'at most ' if is_bound else ''}{rho:.1%} of a gradient (median of {count} matrices)",
+            f"noise scale {'at least ' if is_bound else ''}{scale:,.0f} samples{tokens[0]} beside a batch of "
+            f"{batch:,}{tokens[1]}: {advice}",
         ]
-        apart = {m: noise_scale(value, batch) for m, (value, bound) in rhos.items()}
-        noisy = [m for m in sorted(apart, key=apart.__getitem__, reverse=True) if apart[m] > _APART * scale]
-        clear = [m for m in sorted(apart, key=apart.__getitem__) if apart[m] < scale / _APART and not rhos[m][1]]
+        by_scale = sorted(scales, key=scales.__getitem__)
+        noisy = [matrix for matrix in by_scale[::-1] if scales[matrix][0] > _APART * scale]
+        clear = [matrix for matrix in by_scale if scales[matrix][0] < scale / _APART and scales[matrix][1] == "value"]
         for which, names in {"noisier": noisy, "clearer": clear}.items():
             if names:
                 more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-                listed = ", ".join(f"{m} ({rhos[m][0]:.1%})" for m in names[:_NAMED])
+                listed = ", ".join(f"{matrix} ({rhos[matrix][0]:.1%})" for matrix in names[:_NAMED])
                 words.append(f"{which} by more than {_APART:.0f} times: {listed}{more}")
         return "; ".join(words)
 
@@ -222,9 +234,20 @@ def reading_log(trainer: pl.Trainer) -> ReadingLog | None:
 
 
 def median(ordered: Sequence[Number]) -> Number:
-    """The median of numbers that are in order; a bound, if it is the mean of some."""
+    """The median of numbers that are in order; the mean of two of other kinds is a bound, if one of them is."""
     middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
-    return sum(value for value, _ in middle) / len(middle), any(is_bound for _, is_bound in middle)
+    kinds = sorted({kind for _, kind in middle})  # "at_least" or "at_most" come first
+    kind = "at_most" if kinds == ["negative", "value"] else kinds[0]
+    return sum(value for value, _ in middle) / len(middle), kind
+
+
+def _noise_scales(rhos: dict[str, Number], batch: float) -> dict[str, Number]:
+    """In units of the batch's, of the matrices whose signal fraction says one."""
+    return {
+        matrix: (noise_scale(rho, batch), _OF_NOISE[kind])
+        for matrix, (rho, kind) in rhos.items()
+        if kind in _OF_NOISE and rho
+    }
 
 
 def _averages(optimizer: OrthogonalizedOptimizer) -> dict[str, Averages]:

@@ -1,0 +1,267 @@
+"""What `ReadingLog` writes: read back from TensorBoard's files, for gradients whose signal and noise are known."""
+
+from __future__ import annotations
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_namo import NAMO, NAMOD, Muon, OptimizerCallback, ReadingLog, optimize_with
+from lightning_namo.telemetry.reading_log import median
+from tests.helpers.launch import run_ranks
+
+FRACTIONS = {"low": 0.05, "middle": 0.3, "high": 0.8}
+SHAPE, BATCH, STEPS = (24, 32), 8, 300
+
+
+class Noise(Dataset[Tensor]):
+    """Gradients of samples: noise of unit norm for a batch of `BATCH`."""
+
+    def __init__(self, samples: int, seed: int = 0) -> None:
+        self.samples, self.seed = samples, seed
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, index: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        return torch.randn(len(FRACTIONS), *SHAPE, generator=generator) * math.sqrt(BATCH / math.prod(SHAPE))
+
+
+class Known(pl.LightningModule):
+    """Its gradients are ``sqrt(rho) S + sqrt(1 - rho)`` noise, whatever its weights, with S of unit norm."""
+
+    def __init__(self, fractions: dict[str, float] = FRACTIONS) -> None:
+        super().__init__()
+        self.fractions = fractions
+        for name in fractions:
+            self.register_module(name, nn.Linear(SHAPE[1], SHAPE[0], bias=False))
+        generator = torch.Generator().manual_seed(1)
+        signal = torch.randn(len(fractions), *SHAPE, generator=generator)
+        self.signal = signal / torch.linalg.matrix_norm(signal).view(-1, 1, 1)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            for layer in self.children():
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        grads, losses = batch.mean(dim=0), []
+        for i, (name, rho) in enumerate(self.fractions.items()):
+            grad = math.sqrt(rho) * self.signal[i] + math.sqrt(1 - rho) * grads[i % len(grads)]
+            layer = getattr(self, name)  # W against the gradient, through the layer: FSDP2 gathers what it is called on
+            losses.append((layer(torch.eye(SHAPE[1])) * grad.T).sum())
+        return torch.stack(losses).sum()
+
+
+def train(
+    folder: Path, callback: pl.Callback, module: pl.LightningModule, steps: int = STEPS, **trainer: Any
+) -> dict[str, dict[int, float]]:
+    """Scalars by tag and step, of TensorBoard's files."""
+    keys = {"accelerator": "cpu", "log_every_n_steps": 10, "max_steps": steps, **trainer}
+    trained = pl.Trainer(
+        logger=TensorBoardLogger(folder, name="", version=""),
+        callbacks=[callback],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **keys,
+    )
+    samples = BATCH * steps * trained.accumulate_grad_batches
+    trained.fit(module, DataLoader(Noise(samples, seed=trained.global_rank), BATCH))
+    return curves(folder)
+
+
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+def quiet(cls: Any = NAMO, **keys: Any) -> Any:
+    return functools.partial(cls, lr=1e-3, **keys)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("cls", [NAMO, NAMOD])
+def test_a_known_signal_is_read_back_within_two_percent(tmp_path: Path, cls: Any, nesterov: bool) -> None:
+    found = train(tmp_path, OptimizerCallback(quiet(cls, nesterov=nesterov)), Known())
+    for name, rho in FRACTIONS.items():
+        of_name = found[f"signal_fraction/{name}.weight"]
+        settled = [value for step, value in of_name.items() if step >= 200]
+        assert len(settled) >= 9
+        assert all(abs(value - rho) < 0.02 for value in settled), (name, settled)
+        for step, value in of_name.items():
+            scale = found[f"noise_scale/{name}.weight"][step]
+            assert scale == pytest.approx(BATCH * (1 - value) / value, rel=1e-4)
+        assert f"noise_scale_tokens/{name}.weight" not in found
+    last = {name: found[f"signal_fraction/{name}.weight"][STEPS - 1] for name in FRACTIONS}
+    for of, name in {"min": "low", "median": "middle", "max": "high"}.items():
+        assert found[f"signal_fraction/{of}"][STEPS - 1] == last[name]
+
+
+def known_under_fsdp2(rank: int, folder: str, name: str) -> Any:
+    cls = {"NAMO": NAMO, "NAMOD": NAMOD}[name]
+    callback = OptimizerCallback(quiet(cls))
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    train(Path(folder), callback, Known(), strategy=strategy, devices=2)
+    return callback.readings._batch, {key: signal.last for key, signal in callback.readings._signals.items()}
+
+
+@pytest.mark.parametrize("name", ["NAMO", "NAMOD"])
+def test_a_known_signal_is_read_back_under_fsdp2(tmp_path: Path, name: str) -> None:
+    """Two ranks with noise of their own: half of the noise is left, and a batch is twice as large."""
+    (batch, first), second = run_ranks(known_under_fsdp2, 2, str(tmp_path), name)
+    assert (batch, first) == second  # to the bit
+    assert batch == 2 * BATCH
+    found = curves(tmp_path)
+    for key, rho in FRACTIONS.items():
+        expected = rho / (rho + (1 - rho) / 2)
+        settled = [value for step, value in found[f"signal_fraction/{key}.weight"].items() if step >= 200]
+        assert len(settled) >= 9
+        assert all(abs(value - expected) < 0.02 for value in settled), (key, settled)
+
+
+def test_noise_is_given_as_a_bound(tmp_path: Path) -> None:
+    found = train(tmp_path, OptimizerCallback(quiet()), Known({"none": 0.0, "clear": 0.5}))
+    of_noise = found["signal_fraction_at_most/none.weight"]
+    assert len(of_noise) >= 28
+    assert of_noise[STEPS - 1] < 0.02
+    assert all(step < 30 for step in found.get("signal_fraction/none.weight", {}))
+    least = found["noise_scale_at_least/none.weight"]
+    assert least[STEPS - 1] == pytest.approx(BATCH * (1 / of_noise[STEPS - 1] - 1), rel=1e-4)
+    assert "signal_fraction/max" in found
+    assert "signal_fraction_at_most/min" in found
+    assert "signal_fraction_at_most/median" in found  # the mean of a bound and a value
+
+
+class Swinging(Known):
+    """A signal that changes its sign at every step."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (-1) ** batch_idx
+
+
+def test_a_signal_that_swings_is_no_bound_and_no_noise_scale(tmp_path: Path) -> None:
+    callback = OptimizerCallback(quiet())
+    found = train(tmp_path, callback, Swinging({"a": 0.5, "b": 0.6}))
+    assert found["signal_fraction_negative/a.weight"][STEPS - 1] < 0
+    assert all(step < 100 for tag in found if tag.startswith("noise_scale") for step in found[tag])
+    words = callback.readings.summary()
+    assert words is not None
+    assert words.startswith("in 2 of 2 matrices the gradients of neighbouring steps oppose each other")
+
+
+class Tokens(Known):
+    """A batch that has token ids beside the gradients, as a dictionary."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["noise"], batch_idx)
+
+
+class WithTokens(Noise):
+    def __getitem__(self, index: int) -> Any:
+        return {"noise": super().__getitem__(index), "input_ids": torch.zeros(100, dtype=torch.long)}
+
+
+def test_samples_and_tokens_of_all_micro_batches_count(tmp_path: Path) -> None:
+    callback = ReadingLog()
+    module = Tokens()
+    module.configure_optimizers = optimize_with(NAMO, lr=1e-3).__get__(module)  # type: ignore[method-assign]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        callbacks=[callback],
+        accumulate_grad_batches=3,
+        log_every_n_steps=5,
+        max_steps=60,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(WithTokens(BATCH * 180), BATCH))
+    assert (callback._batch, callback._batch_tokens) == (3 * BATCH, 3 * BATCH * 100)
+    words = callback.summary()
+    assert words is not None
+    assert "samples (" in words
+    assert f"tokens) beside a batch of {3 * BATCH} ({3 * BATCH * 100:,} tokens)" in words
+    # a third of the noise is left
+    high = callback._signals["high.weight"].estimate()
+    assert high is not None
+    assert high.rho == pytest.approx(0.8 / (0.8 + 0.2 / 3), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("matrices", "aggregates", "most", "tags"),
+    [
+        (None, True, 64, {"high.weight", "low.weight", "middle.weight", "median", "min", "max"}),
+        (None, True, 2, {"median", "min", "max"}),
+        (True, False, 2, {"high.weight", "low.weight", "middle.weight"}),
+        (False, True, 64, {"median", "min", "max"}),
+        (False, False, 64, set()),
+    ],
+)
+def test_single_matrices_and_aggregates_can_be_switched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrices: bool | None, aggregates: bool, most: int, tags: set[str]
+) -> None:
+    monkeypatch.setattr("lightning_namo.telemetry.reading_log.MOST_MATRICES", most)
+    callback = OptimizerCallback(quiet(), log_matrices=matrices, log_aggregates=aggregates)
+    found = train(tmp_path, callback, Known(), steps=20)
+    assert {tag.partition("/")[2] for tag in found if tag.startswith("step_scale/")} == tags
+
+
+def test_what_rules_report_is_logged_by_its_name(tmp_path: Path) -> None:
+    found = train(tmp_path / "namod", OptimizerCallback(quiet(NAMOD)), Known(), steps=20)
+    names = {tag.partition("/")[0] for tag in found} - {"epoch", "hp_metric"}
+    of_columns = {
+        f"{name}{of}" for name in ("step_scale", "effective_step", "effective_decay") for of in ("", "_min", "_max")
+    }
+    assert names >= of_columns | {"at_lower_clamp", "at_upper_clamp", "at_cap", "skipped_steps"}
+    assert all(found["step_scale_min/low.weight"][s] <= v for s, v in found["step_scale/low.weight"].items())
+    of_muon = train(tmp_path / "muon", OptimizerCallback(quiet(Muon)), Known(), steps=20)
+    assert {tag.partition("/")[0] for tag in of_muon} >= {"effective_step", "effective_decay", "skipped_steps"}
+    assert of_muon["effective_step/low.weight"][9] == pytest.approx(1e-3 * 0.2 * math.sqrt(32))
+    assert of_muon["effective_decay/low.weight"][9] == pytest.approx(1e-3 * 0.1)
+
+
+class Spoiled(Known):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * math.nan if batch_idx == 9 else loss
+
+
+def test_a_skipped_step_is_counted_and_reads_nothing_else(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="updates of matrices"):
+        found = train(tmp_path, OptimizerCallback(quiet()), Spoiled(), steps=20)
+    assert found["skipped_steps/low.weight"] == {9: 1.0, 19: 1.0}
+    assert set(found["step_scale/low.weight"]) == {19}
+
+
+def test_the_optimizer_keeps_readings_for_the_steps_that_are_logged_only(tmp_path: Path) -> None:
+    kept: list[bool] = []
+
+    class Watched(OptimizerCallback):
+        def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            kept.append(trainer.optimizers[0].keeps_readings)  # type: ignore[attr-defined]
+            super().on_train_batch_end(trainer, *args)
+
+    train(tmp_path, Watched(quiet()), Known(), steps=20)
+    assert kept == ([False] * 9 + [True]) * 2
+
+
+def test_medians_of_bounds() -> None:
+    assert median([(1.0, "value"), (2.0, "at_most"), (3.0, "value")]) == (2.0, "at_most")
+    assert median([(1.0, "at_most"), (2.0, "value"), (3.0, "value")]) == (2.0, "value")
+    assert median([(1.0, "value"), (2.0, "at_least")]) == (1.5, "at_least")
+    assert median([(-1.0, "negative"), (2.0, "value")]) == (0.5, "at_most")
+    assert median([(-2.0, "negative"), (-1.0, "negative")]) == (-1.5, "negative")
