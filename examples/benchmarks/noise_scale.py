@@ -2,14 +2,16 @@
 
     python examples/benchmarks/noise_scale.py --out noise_scale.csv
 
-Trains the quickstart's GPT-2. At some moments the training pauses: at those weights, and at those of as many steps
-before as the momentum averages over, the gradients of many batches are taken, and from batches of two sizes |G|^2 and
-tr(Sigma) (arXiv 1812.06162, appendix A.1). Printed for each moment, in percent of the squared norm of a gradient:
+Trains the quickstart's GPT-2. At some moments the training pauses: at those weights, at those of the step before, and
+at those of as many steps before as the momentum averages over, the gradients of many batches are taken, and from
+batches of two sizes |G|^2 and tr(Sigma) (arXiv 1812.06162, appendix A.1). Printed for each moment, in percent of the
+squared norm of a gradient:
 
     reads   what the optimizer's averages give (below zero: gradients of neighbouring steps oppose each other)
     error   its standard error
     direct  of the same batch size, from the paused batches
-    cosine  between the true gradients now and then: 1 where the signal is as constant as the reading takes it to be
+    cos 1   between the true gradients now and a step before
+    cos 20  and twenty steps before: both are 1 where the signal is as constant as the reading takes it to be
 """
 
 import argparse
@@ -82,12 +84,12 @@ def main() -> None:
     optimizer = build_optimizer(model, {"NAMO": NAMO, "NAMOD": NAMOD}[args.optimizer], lr=args.lr)
     scheduler = WarmupStableDecay(warmup=0.05, decay=0.3)(optimizer, total_steps=args.steps)
     optimizer.keeps_readings = True
-    apart = round(1 / (1 - MOMENTUM))
+    lags = (1, round(1 / (1 - MOMENTUM)))
     signals = defaultdict(lambda: SignalFraction(Averages(MOMENTUM, True, BETA2)))
     names = [name for group in optimizer.param_groups if group["orthogonalize"] for name in group["param_names"]]
     weights = [dict(model.named_parameters())[name] for name in names]
     others = chain.from_iterable(repeat(TrainLoader(data.train_windows, BATCH, seed=1)))  # pass after pass
-    before, rows = {}, []
+    gradients, rows = {}, []
     for step, batch in zip(range(1, args.steps + 1), TrainLoader(data.train_windows, BATCH, seed=0), strict=False):
         optimizer.zero_grad()
         backward(model, batch)
@@ -97,19 +99,19 @@ def main() -> None:
         if step % 5 == 0:
             for name, value in optimizer.readings()["signal_fraction"].items():
                 signals[name].add(step, value.item())
-        if step + apart in args.moments or step in args.moments:
-            direct, gradients = measured(model, weights, list(islice(others, args.batches)), args.big)
-            if step in args.moments:
-                for i, name in enumerate(names):
-                    reads, error = signals[name].last, signals[name].error()
-                    row = {"step": step, "matrix": name, "reads": reads, "error": error, "direct": direct[i].item()}
-                    rows.append(row | {"cosine": cosine(gradients[i], before[step][i])})
-            before[step + apart] = gradients
+        if any(step + lag in args.moments for lag in (0, *lags)):
+            direct, gradients[step] = measured(model, weights, list(islice(others, args.batches)), args.big)
+        if step in args.moments:
+            for i, name in enumerate(names):
+                row = {"step": step, "matrix": name, "reads": signals[name].last, "error": signals[name].error()}
+                row["direct"] = direct[i].item()
+                row |= {f"cos {lag}": cosine(gradients[step][i], gradients[step - lag][i]) for lag in lags}
+                rows.append(row)
     print(f"{args.optimizer}, {args.steps} steps, {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"{'step':>4}  {'matrix':32} {'reads':>7} {'error':>7} {'direct':>7} {'cosine':>7}")
+    print(f"{'step':>4}  {'matrix':34}", *(f"{key:>7}" for key in list(rows[0])[2:]))
     for row in rows:
-        percent = " ".join(f"{100 * row[key]:7.2f}" for key in ("reads", "error", "direct"))
-        print(f"{row['step']:4}  {row['matrix']:32} {percent} {row['cosine']:7.2f}")
+        numbers = [100 * value for value in list(row.values())[2:5]] + list(row.values())[5:]
+        print(f"{row['step']:4}  {row['matrix']:34}", *(f"{value:7.2f}" for value in numbers))
     if args.out:
         with open(args.out, "w", newline="") as file:
             writer = csv.DictWriter(file, list(rows[0]))

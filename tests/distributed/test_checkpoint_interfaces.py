@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
-from lightning_namo import NAMOD, Muon, build_optimizer
+from lightning_namo import NAMO, NAMOD, Muon, build_optimizer
 from lightning_namo.testing.layouts import shard_children, whole
 from tests.helpers.launch import WorkerError, run_ranks
 from tests.helpers.resuming import run_cases
@@ -25,7 +25,7 @@ from tests.helpers.rules import RULES
 from tests.helpers.strategies import fsdp2
 from tests.helpers.worker import relative_error
 
-OPTIMIZERS = {**RULES, "post": partial(Muon, order="post")}
+OPTIMIZERS = {**RULES, "post": partial(Muon, order="post"), "NAMO post": partial(NAMO, order="post")}
 
 
 class UnevenNet(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_namo import NAMO, Muon
+from lightning_namo.testing import check_rule
 
 EXACT: dict[str, Any] = {"orthogonalizer": "svd", "weight_decay": 0.0, "shape_scale": None, "nesterov": False}
 
@@ -118,3 +120,13 @@ def test_post_keeps_the_average_of_polar_factors_and_steps_along_it() -> None:
         expected = expected - 1e-3 / (1 - 0.95**step) * average.norm() / math.sqrt(8) * average
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-9, atol=1e-12)
     torch.testing.assert_close(optimizer.state[weight]["momentum_buffer"], average, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("order", ["none", "post"])
+def test_other_orders_train_on_shards_and_through_checkpoints(order: str) -> None:
+    check_rule(functools.partial(NAMO, order=order))
+
+
+@pytest.mark.slow
+def test_the_average_of_polar_factors_trains_under_every_layout() -> None:
+    check_rule(functools.partial(NAMO, order="post"), processes=2)

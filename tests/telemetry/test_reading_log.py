@@ -156,7 +156,9 @@ def test_a_signal_that_swings_is_no_bound_and_no_noise_scale(tmp_path: Path) -> 
     callback = OptimizerCallback(quiet())
     found = train(tmp_path, callback, Swinging({"a": 0.5, "b": 0.6}))
     assert found["signal_fraction_negative/a.weight"][STEPS - 1] < 0
-    assert all(step < 100 for tag in found if tag.startswith("noise_scale") for step in found[tag])
+    noise_scales = [step for tag in found if tag.startswith("noise_scale") for step in found[tag]]
+    assert noise_scales  # until the averages have settled
+    assert max(noise_scales) < 200
     words = callback.readings.summary()
     assert words is not None
     assert words.startswith("in 2 of 2 matrices the gradients of neighbouring steps oppose each other")
