@@ -1,6 +1,6 @@
 """NAMO and NAMO-D for PyTorch Lightning and Fabric (arXiv 2602.17080).
 
-What needs Lightning is imported when it is first used: plain PyTorch imports torch only.
+What needs Lightning or torchmetrics is imported when it is first used: plain PyTorch imports torch only.
 """
 
 import importlib
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_namo.integration.lightning_clipping import ClipsGradients, GradientClipping
     from lightning_namo.integration.optimizer_callback import OptimizerCallback
     from lightning_namo.integration.preemption import SaveOnSigterm
+    from lightning_namo.telemetry.noise_metric import GradientNoiseScale
     from lightning_namo.telemetry.reading_log import ReadingLog
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "AdaMuon",
     "ClipsGradients",
     "GradientClipping",
+    "GradientNoiseScale",
     "Muon",
     "OptimizerCallback",
     "OrthogonalizedOptimizer",
@@ -44,9 +46,10 @@ __all__ = [
     "split_parameters",
 ]
 
-_NEED_LIGHTNING = {
+_LATE = {
     "ClipsGradients": "integration.lightning_clipping",
     "GradientClipping": "integration.lightning_clipping",
+    "GradientNoiseScale": "telemetry.noise_metric",
     "OptimizerCallback": "integration.optimizer_callback",
     "ReadingLog": "telemetry.reading_log",
     "SaveOnSigterm": "integration.preemption",
@@ -60,8 +63,8 @@ _moved.install()
 if not TYPE_CHECKING:  # a type checker is to see a misspelt name
 
     def __getattr__(name: str) -> Any:
-        if name in _NEED_LIGHTNING:
-            module = importlib.import_module(f"lightning_namo.{_NEED_LIGHTNING[name]}")
+        if name in _LATE:
+            module = importlib.import_module(f"lightning_namo.{_LATE[name]}")
             return globals().setdefault(name, getattr(module, name))
         return _moved.find(__name__, name)
 

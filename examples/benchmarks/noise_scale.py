@@ -3,15 +3,15 @@
     python examples/benchmarks/noise_scale.py --out noise_scale.csv
 
 Trains the quickstart's GPT-2. At some moments the training pauses: at those weights, at those of the step before, and
-at those of as many steps before as the momentum averages over, the gradients of many batches are taken, and from
-batches of two sizes |G|^2 and tr(Sigma) (arXiv 1812.06162, appendix A.1). Printed for each moment, in percent of the
-squared norm of a gradient:
+at those of half as many and of as many steps before as the momentum averages over, the gradients of many batches are
+taken, and from batches of two sizes |G|^2 and tr(Sigma) (arXiv 1812.06162, appendix A.1). Printed for each moment, in
+percent of the squared norm of a gradient:
 
     reads   what the optimizer's averages give (below zero: gradients of neighbouring steps oppose each other)
     error   its standard error
     direct  of the same batch size, from the paused batches
-    cos 1   between the true gradients now and a step before
-    cos 20  and twenty steps before: both are 1 where the signal is as constant as the reading takes it to be
+    cos 1   between the true gradients now and a step before, and so on: all are 1 where the signal is as constant as
+            the reading takes it to be
 """
 
 import argparse
@@ -84,7 +84,7 @@ def main() -> None:
     optimizer = build_optimizer(model, {"NAMO": NAMO, "NAMOD": NAMOD}[args.optimizer], lr=args.lr)
     scheduler = WarmupStableDecay(warmup=0.05, decay=0.3)(optimizer, total_steps=args.steps)
     optimizer.keeps_readings = True
-    lags = (1, round(1 / (1 - MOMENTUM)))
+    lags = (1, round(0.5 / (1 - MOMENTUM)), round(1 / (1 - MOMENTUM)))
     signals = defaultdict(lambda: SignalFraction(Averages(MOMENTUM, True, BETA2)))
     names = [name for group in optimizer.param_groups if group["orthogonalize"] for name in group["param_names"]]
     weights = [dict(model.named_parameters())[name] for name in names]

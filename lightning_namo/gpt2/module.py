@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 
@@ -134,7 +135,7 @@ class GPT2Module(ClipsGradients):
         A metric made here and kept in a tuple is no submodule: one that is filled in from the meta device would have an
         uninitialized state.
         """
-        self._val_loss = (MeanMetric(nan_strategy="disable").to(self.device),)  # a NaN is told
+        self._val_loss = (MeanMetric(nan_strategy=math.nan).to(self.device),)  # a NaN is told
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add a batch to the mean over tokens."""

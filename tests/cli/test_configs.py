@@ -142,6 +142,16 @@ def test_every_optimizer_has_a_config() -> None:
     assert found == {*OPTIMIZERS, "separate_adamw_lr"}
 
 
+@pytest.mark.parametrize("order", ["pre", "none", "post"])
+def test_every_order_is_a_layer_over_the_quickstart(instantiated: Callable[..., NamoCLI], order: str) -> None:
+    cli = instantiated(*layers("quickstart", f"denoise/{order}"))
+    (callback,) = [c for c in cli.trainer.callbacks if isinstance(c, OptimizerCallback)]
+    made = make_optimizer(split_parameters(on_the_meta_device(cli.model.config)), callback.optimizer)
+    assert type(made) is Muon
+    matrices, others = made.param_groups
+    assert (matrices["order"], matrices["nesterov"], others["lr"]) == (order, False, 0.003)
+
+
 def options_in(section: Any, name: str = "") -> Iterator[str]:
     """The names of all options of a config."""
     if not isinstance(section, dict):

@@ -88,6 +88,20 @@ def test_the_published_grids_are_there(size, monkeypatch):
     assert all(f"configs/gpt2_{size}.yaml" in line for line in lines)
 
 
+def test_every_order_has_five_learning_rates_and_its_best_three_seeds(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = sweep("configs/sweeps/denoise.yaml", print_jobs=True).splitlines()
+    assert len(lines) == 21 == len({line.partition("--trainer.logger.name=")[2].split()[0] for line in lines})
+    for order in ("pre", "none", "post"):
+        of_order = [line for line in lines if f"configs/denoise/{order}.yaml" in line]
+        best = yaml.safe_load(Path(f"configs/denoise/{order}.yaml").read_text())["optim"]["optimizer"]["init_args"][
+            "lr"
+        ]
+        at_best = [line for line in of_order if f"--optim.optimizer.lr={best} " in line]
+        assert {line.partition("--seed_everything=")[2][0] for line in at_best} == set("012")
+        assert len({line.partition("--optim.optimizer.lr=")[2].split()[0] for line in of_order}) == 5
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

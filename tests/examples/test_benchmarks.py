@@ -110,3 +110,20 @@ def test_overlap_draws_what_travels_in_traces_of_two_processes(tmp_path: Path) -
                 gzip.decompress((tmp_path / "traces" / f"{layout.lower()}-rank{rank}.json.gz").read_bytes())
             )
             assert sum(event["name"] == "gloo:all_to_all" for event in trace["traceEvents"]) == int(sent)
+
+
+def test_noise_scale_leaves_a_table_and_a_picture_of_it(tmp_path: Path) -> None:
+    options = ["--steps", "26", "--moments", "25", "--batches", "4", "--big", "2", "--out", "out.csv"]
+    done = run_python([str(BENCHMARKS / "noise_scale.py"), *options], tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 16
+    assert set(rows[0]) == {"step", "matrix", "reads", "error", "direct", "cos 1", "cos 10", "cos 20"}
+    for row in rows:
+        assert 0 < float(row["error"]) < 1
+        assert row["matrix"] in done.stdout
+    plot = [str(ROOT / "examples" / "plot_noise.py"), "measured", "out.csv", "--out", "out.png"]
+    drawn = run_python(plot, tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert imread(tmp_path / "out.png").std() > 0.05

@@ -1,4 +1,4 @@
-"""What docs/own_rule.md shows is what runs."""
+"""What docs/own_rule.md and docs/noise.md show is what runs."""
 
 from __future__ import annotations
 
@@ -42,3 +42,12 @@ def test_the_rule_on_the_page_is_that_of_the_example_and_passes_the_tests_there(
             optimizer.step()
         trained.append((p.detach(), optimizer.state[p]["v"]))
     assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))
+
+
+def test_the_noise_scale_is_measured_as_the_page_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "noise.md").read_text("utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    exec(snippet, {})
+    scale, fraction = (float(value) for value in re.findall(r"tensor\((.*?)\)", capsys.readouterr().out))
+    assert scale > 0
+    assert 0 < fraction < 1
