@@ -207,13 +207,15 @@ class ReadingLog(pl.Callback):
         if scale < batch / _APART and not is_bound:
             advice = "smaller batches would do"
         elif scale > _APART * batch:
-            advice = "little persists from step to step; if that is noise and no signal that turns, larger batches pay"
+            advice = (
+                "a signal that turns counts as noise here; measure it (GradientNoiseScale) before you enlarge the batch"
+            )
         else:
             advice = "they are of one size"
         words = [
-            f"signal {'at most ' if is_bound else ''}{rho:.1%} of a gradient (median of {count} matrices)",
-            f"noise scale {'at least ' if is_bound else ''}{scale:,.0f} samples{tokens[0]} beside a batch of "
-            f"{batch:,}{tokens[1]}: {advice}",
+            f"{'at most ' if is_bound else ''}{rho:.1%} of a gradient persists (median of {count} matrices)",
+            f"if the rest is noise, its scale is {'at least ' if is_bound else ''}{scale:,.0f} samples{tokens[0]} "
+            f"beside a batch of {batch:,}{tokens[1]}: {advice}",
         ]
         by_scale = sorted(scales, key=scales.__getitem__)
         noisy = [matrix for matrix in by_scale[::-1] if scales[matrix][0] > _APART * scale]
@@ -234,11 +236,12 @@ def reading_log(trainer: pl.Trainer) -> ReadingLog | None:
 
 
 def median(ordered: Sequence[Number]) -> Number:
-    """The median of numbers that are in order; the mean of two of other kinds is a bound, if one of them is."""
+    """The median of numbers that are in order; the mean of two of other kinds is a bound."""
     middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]
     kinds = sorted({kind for _, kind in middle})  # "at_least" or "at_most" come first
-    kind = "at_most" if kinds == ["negative", "value"] else kinds[0]
-    return sum(value for value, _ in middle) / len(middle), kind
+    if len(kinds) == 2 and "negative" in kinds:
+        return sum(max(value, 0.0) for value, _ in middle) / 2, "at_most"
+    return sum(value for value, _ in middle) / len(middle), kinds[0]
 
 
 def _noise_scales(rhos: dict[str, Number], batch: float) -> dict[str, Number]:

@@ -195,7 +195,7 @@ def test_samples_and_tokens_of_all_micro_batches_count(tmp_path: Path) -> None:
     assert (callback._batch, callback._batch_tokens) == (3 * BATCH, 3 * BATCH * 100)
     words = callback.summary()
     assert words is not None
-    assert "samples (" in words
+    assert " of a gradient persists (median of 3 matrices); if the rest is noise, its scale is " in words
     assert f"tokens) beside a batch of {3 * BATCH} ({3 * BATCH * 100:,} tokens)" in words
     # a third of the noise is left
     high = callback._signals["high.weight"].estimate()
@@ -265,5 +265,6 @@ def test_medians_of_bounds() -> None:
     assert median([(1.0, "value"), (2.0, "at_most"), (3.0, "value")]) == (2.0, "at_most")
     assert median([(1.0, "at_most"), (2.0, "value"), (3.0, "value")]) == (2.0, "value")
     assert median([(1.0, "value"), (2.0, "at_least")]) == (1.5, "at_least")
-    assert median([(-1.0, "negative"), (2.0, "value")]) == (0.5, "at_most")
+    assert median([(-1.0, "negative"), (2.0, "value")]) == (1.0, "at_most")
+    assert median([(-1.0, "negative"), (0.5, "at_most")]) == (0.25, "at_most")
     assert median([(-2.0, "negative"), (-1.0, "negative")]) == (-1.5, "negative")
