@@ -157,6 +157,7 @@ class OptimizerCallback(pl.Callback):
         With other parameters on one rank, DDP refuses to wrap the module without a name, and FSDP2 hangs in its first
         forward pass.
         """
+        self.readings.setup(trainer, pl_module, stage)
         if stage == "fit":
             check_strategy(pl_module)
             named = [(name, p) for name, p in pl_module.named_parameters() if not is_lazy(p)]
@@ -176,6 +177,7 @@ class OptimizerCallback(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Count from here: a checkpoint brings its own count."""
+        self.readings.on_train_start(trainer, pl_module)
         self._skipped, self._checked = _skipped_steps(trainer), trainer.global_step
 
     def on_train_batch_start(

@@ -56,7 +56,8 @@ class _AdaptiveScale(OrthogonalizedOptimizer):
         step_size, decay = capped(a * s, h.max_step), decay_factor(a, h)
         if self._least_decay is not None:
             decay = decay.clamp(min=self._least_decay)
-        largest = s if h.decay == "lr" else max(s, 1.0)  # what a is multiplied by before it meets the cap
+        has_decay = h.decay == "adaptive" and (isinstance(h.weight_decay, Tensor) or h.weight_decay > 0)
+        largest = max(s, 1.0) if has_decay else s  # what a is multiplied by before it meets the cap
         x.report(
             step_scale=lambda: correction * r,
             effective_step=step_size,

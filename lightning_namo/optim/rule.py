@@ -22,6 +22,7 @@ from lightning_namo.sharding.local import local_tensor, stack, unstack
 from lightning_namo.workspace import Workspace
 
 _SMALL = 2**16  # elements: smaller shards are gathered on accelerators, larger ones read and written where they are
+_LOGGED = ("step", "skipped", "skipped_steps", "noise_scale", "noise_scale_tokens")
 Rule: TypeAlias = Generator["Sum | Polar", Any, None]
 
 
@@ -238,10 +239,17 @@ class Matrices:
         Args:
             readings: Numbers (K, 1, 1), (K, 1, n) or (K, m, 1), or one for all, or functions that compute such, which
                 are called at once, and only if somebody looks.
+
+        Raises:
+            TypeError: For elements, or a part of a sum.
+            ValueError: For numbers of another shape, or a name that is taken.
         """
         if self._readings is not None:
             for name, reading in readings.items():
-                self._readings[name] = self._number(reading() if callable(reading) else reading, f"the reading {name}")
+                if name in _LOGGED:
+                    raise ValueError(f"Expected readings by names of their own, but the log itself adds {name}.")
+                number = self._number(reading() if callable(reading) else reading, f"the reading {name}")
+                self._readings[name] = number.clone()  # the rule may write it
 
     # ------------------------------------------------------------------ states
 

@@ -69,10 +69,13 @@ class Reading:
         values = self.number.view(stack.count, len(self.blocks), rows * columns)
         for place, parameter in enumerate(stack.parameters):
             of_parameter, own = found.setdefault(parameter.tensor, {}), values if part else values[place : place + 1]
-            if self.name not in of_parameter:
-                of_parameter[self.name] = values.new_full((count, len(stack.layout.blocks), width), math.nan)
+            whole = values.new_full((count, len(stack.layout.blocks), width), math.nan)
+            if (before := of_parameter.get(self.name)) is not None:  # other blocks, or experts
+                whole = before if before.shape[2] >= width else whole
+                whole[..., : before.shape[2]] = before
+            of_parameter[self.name] = whole
             for block, value in zip(self.blocks, own.unbind(1), strict=True):
-                of_parameter[self.name][first : first + len(own), block, : rows * columns].copy_(value)
+                whole[first : first + len(own), block, : rows * columns].copy_(value)
 
 
 class StackRun:

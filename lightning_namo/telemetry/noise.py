@@ -25,7 +25,7 @@ SURE = 3.0
 """In standard errors: a signal fraction that is closer to zero is given as a bound."""
 
 _KEPT = 20  # readings
-_ELEMENTS = 64  # d, until readings show it
+_ELEMENTS = 16  # d, until readings show it
 
 
 @dataclass(frozen=True)
@@ -126,9 +126,11 @@ class SignalFraction:
 
     def add(self, step: int, rho: float) -> None:
         """Take a reading, of the matrix's step, counted from 1; one that is no number says nothing."""
-        if self._readings and step <= self._readings[-1][0]:
+        if not math.isfinite(rho):
+            return
+        if self._readings and step < self._readings[-1][0]:
             self._readings.clear()  # the state went back
-        if math.isfinite(rho):
+        if not self._readings or step > self._readings[-1][0]:
             self._readings.append((step, rho))
 
     @property

@@ -69,4 +69,4 @@ class GradientNoiseScale(Metric):
 
     def signal_fraction(self, batch: float) -> Tensor:
         """``rho`` of a gradient over so many samples, what `NAMO`'s readings estimate, (layers,) or ()."""
-        return (self.signal / (self.signal + self.noise / batch)).squeeze()
+        return 1 / (1 + self.compute() / batch)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+import statistics
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
-from torchmetrics.aggregation import RunningMean
+from torchmetrics import MeanMetric
+from torchmetrics.wrappers import Running
 
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.groups import named_parameters
@@ -58,68 +58,99 @@ class ReadingLog(pl.Callback):
     Args:
         matrices: Whether to log every matrix; None: if there are at most 64.
         aggregates: Whether to log median, minimum and maximum.
+        batch_size_fn: From a batch to the samples in it; None: the length of its tensors, if they all have one.
 
     References:
         Noise scale: "An Empirical Model of Large-Batch Training", arXiv 1812.06162.
     """
 
-    def __init__(self, matrices: bool | None = None, aggregates: bool = True) -> None:
+    def __init__(
+        self,
+        matrices: bool | None = None,
+        aggregates: bool = True,
+        batch_size_fn: Callable[[Any], int] | None = None,
+    ) -> None:
         super().__init__()
-        self.matrices, self.aggregates = matrices, aggregates
+        self.matrices, self.aggregates, self.batch_size_fn = matrices, aggregates, batch_size_fn
         self.prints_summary = True
+        self._start()
+
+    def _start(self) -> None:
+        """Know nothing of earlier fits."""
         self._samples = self._tokens = 0  # of this rank, since the last step
-        self._batch = self._batch_tokens = 0  # of all ranks, in the last step
+        self._sizes: deque[tuple[int, int]] = deque(maxlen=_WINDOW)  # samples and tokens of all ranks in the last steps
         self._has_size = True
-        self._is_logged = False
+        self._is_due = self._has_stepped = False
         self._signals: dict[str, SignalFraction] = {}
-        self._at_cap: dict[str, RunningMean] = {}
+        self._at_cap: dict[str, Running] = {}
+
+    @property
+    def _batch(self) -> float:
+        """Samples in a step, the median of the last ones: the last one of an epoch may be short."""
+        return statistics.median(samples for samples, _ in self._sizes) if self._sizes else 0
+
+    @property
+    def _batch_tokens(self) -> float:
+        return statistics.median(tokens for _, tokens in self._sizes) if self._sizes else 0
 
     # ------------------------------------------------------------------ hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Print the summary, unless a table says that it does."""
+        self.prints_summary = True
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget an earlier fit."""
+        self._start()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Count samples and tokens."""
-        try:
-            self._samples += extract_batch_size(batch)
-        except MisconfigurationException:
-            if self._has_size:
-                rank_zero_warn(
-                    "The noise scale is not logged: the batch has no size that Lightning can tell. The signal fraction "
-                    "is; with it the noise scale is batch size * (1 - rho) / rho."
-                )
+        self._is_due |= bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()]
+        if self.batch_size_fn is not None:
+            self._samples += self.batch_size_fn(batch)
+        elif len(sizes := {len(tensor) for tensor in tensors}) == 1:
+            self._samples += sizes.pop()
+        elif self._has_size:
             self._has_size = False
-        ids = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))
-        self._tokens += next((t.numel() for t in ids if t.dim() == 2 and not t.is_floating_point()), 0)
+            rank_zero_warn(
+                "The noise scale is not logged, since the tensors of a batch are not of one length: "
+                f"{sorted(sizes) or 'there are none'}. Say how many samples it has: ReadingLog(batch_size_fn=...), or "
+                "OptimizerCallback's readings.batch_size_fn. The signal fraction is logged."
+            )
+        self._tokens += next((t.numel() for t in tensors if t.dim() == 2 and not t.is_floating_point()), 0)
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Have the optimizer keep the readings of the step that is logged."""
-        placement = trainer.distributed_sampler_kwargs
-        replicas = 1 if placement is None else placement["num_replicas"]
-        self._batch, self._batch_tokens = self._samples * replicas, self._tokens * replicas
-        self._samples = self._tokens = 0
-        is_logged = bool(trainer.loggers) and trainer._logger_connector.should_update_logs
+        if not self._has_stepped:  # the first of several optimizers
+            placement = trainer.distributed_sampler_kwargs
+            replicas = 1 if placement is None else placement["num_replicas"]
+            self._sizes.append((self._samples * replicas * self._has_size, self._tokens * replicas))
+            self._samples = self._tokens = 0
+            self._has_stepped = True
         for each in _optimizers(trainer):
-            each.keeps_readings = is_logged
-        self._is_logged = is_logged
+            each.keeps_readings = self._is_due
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log, if a step was taken."""
-        if not self._is_logged:
-            return
-        self._is_logged = False
-        found: Numbers = {}
-        for optimizer in _optimizers(trainer):
-            for name, numbers in self._read(optimizer).items():
-                found.setdefault(name, {}).update(numbers)
-        metrics = self._metrics(found)
-        if metrics:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        if self._has_stepped and self._is_due:
+            found: Numbers = {}
+            optimizers = _optimizers(trainer)
+            for number, optimizer in enumerate(optimizers):
+                prefix = f"optimizer_{number}/" if len(optimizers) > 1 else ""
+                for name, numbers in self._read(optimizer, prefix).items():
+                    found.setdefault(name, {}).update(numbers)
+            if metrics := self._metrics(found):
+                for logger in trainer.loggers:
+                    logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            self._is_due = False
+        self._has_stepped = False
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what to do, unless a table does."""
@@ -130,7 +161,7 @@ class ReadingLog(pl.Callback):
 
     # ------------------------------------------------------------------ numbers
 
-    def _read(self, optimizer: OrthogonalizedOptimizer) -> Numbers:
+    def _read(self, optimizer: OrthogonalizedOptimizer, prefix: str) -> Numbers:
         """The readings of an optimizer's last step, in one transfer, and estimates in place of signal fractions."""
         on_device: dict[tuple[str, str], Tensor] = {}
         for name, of_parameters in optimizer.readings().items():
@@ -142,6 +173,7 @@ class ReadingLog(pl.Callback):
                     on_device[name, parameter] = values.nanmean(dim=1)
                     on_device[f"{name}_min", parameter] = values.masked_fill(absent, math.inf).amin(dim=1)
                     on_device[f"{name}_max", parameter] = values.masked_fill(absent, -math.inf).amax(dim=1)
+        optimizer._readings = ()  # a step that is not taken (AMP's, after an overflow) leaves none
         if not on_device:
             return {}
         together = iter(torch.cat([values.float() for values in on_device.values()]).tolist())  # waits for the device
@@ -149,34 +181,38 @@ class ReadingLog(pl.Callback):
         averages, found = _averages(optimizer), defaultdict[str, dict[str, Number]](dict)
         for (name, parameter), numbers in on_host.items():
             for i, value in enumerate(numbers):
-                matrix = f"{parameter}[{i}]" if len(numbers) > 1 else parameter
+                matrix = prefix + (f"{parameter}[{i}]" if len(numbers) > 1 else parameter)
+                if name == "step" or not math.isfinite(value):
+                    continue
                 if name == "signal_fraction" and parameter in averages:
                     signal = self._signals.setdefault(matrix, SignalFraction(averages[parameter]))
+                    signal.averages = averages[parameter]  # a schedule may change them
                     signal.add(int(on_host["step", parameter][0]), value)
-                    if math.isfinite(value) and (estimate := signal.estimate()):
+                    if (estimate := signal.estimate()) is not None:
                         found[name][matrix] = estimate.rho, estimate.kind
-                elif name == "at_cap" and math.isfinite(value):
-                    share = self._at_cap.setdefault(matrix, RunningMean(window=_WINDOW))
+                elif name == "at_cap":
+                    # All ranks have the same numbers: nothing is to be synced.
+                    share = self._at_cap.setdefault(matrix, Running(MeanMetric(sync_on_compute=False), _WINDOW))
                     share.update(value)
                     found[name][matrix] = float(share.compute()), "value"
-                elif name != "step" and math.isfinite(value):
+                else:
                     found[{"skipped": "skipped_steps"}.get(name, name)][matrix] = value, "value"
         return found
 
     def _metrics(self, found: Numbers) -> dict[str, float]:
         """What is logged, by tag."""
-        for name, batch in {"noise_scale": self._batch, "noise_scale_tokens": self._batch_tokens}.items():
-            if batch:
-                found[name] = _noise_scales(found.get("signal_fraction", {}), batch)
-        metrics = {}
-        matrices = {matrix for of_matrices in found.values() for matrix in of_matrices}
+        metrics: dict[str, float] = {}
+        matrices = {matrix for name in found.keys() - {"skipped_steps"} for matrix in found[name]}
         for name, of_matrices in found.items():
             shown = dict(of_matrices) if self._logs_matrices(len(matrices)) else {}
             if self.aggregates and of_matrices:
                 ordered = sorted(of_matrices.values())
                 shown |= {"min": ordered[0], "median": median(ordered), "max": ordered[-1]}
-            for of, (value, kind) in shown.items():
-                metrics[f"{name}{'' if kind == 'value' else f'_{kind}'}/{of}"] = value
+            metrics |= _tagged(name, shown)
+            if name == "signal_fraction":
+                turned = {{"min": "max", "max": "min"}.get(of, of): number for of, number in shown.items()}
+                for scale, batch in {"noise_scale": self._batch, "noise_scale_tokens": self._batch_tokens}.items():
+                    metrics |= _tagged(scale, _noise_scales(turned, batch))
         return metrics
 
     def _logs_matrices(self, count: int) -> bool:
@@ -197,11 +233,11 @@ class ReadingLog(pl.Callback):
         if 2 * swinging > count:
             return (
                 f"in {swinging} of {count} matrices the gradients of neighbouring steps oppose each other: the signal "
-                f"swings faster than the momentum averages, and whether the batch of {batch:,} is large enough its "
+                f"swings faster than the momentum averages, and whether the batch of {batch:,.0f} is large enough its "
                 "averages cannot tell. A lower learning rate may suit; GradientNoiseScale measures the noise directly"
             )
-        (rho, kind), (scale, _) = median(sorted(rhos.values())), median(sorted(scales.values()))
-        is_bound = kind != "value"
+        rho, kind = median(sorted(rhos.values()))
+        is_bound, scale = kind != "value", noise_scale(rho, batch) if rho > 0 else math.inf
         per_sample = self._batch_tokens / batch
         tokens = [f" ({n * per_sample:,.0f} tokens)" if per_sample else "" for n in (scale, batch)]
         if scale < batch / _APART and not is_bound:
@@ -210,12 +246,14 @@ class ReadingLog(pl.Callback):
             advice = (
                 "a signal that turns counts as noise here; measure it (GradientNoiseScale) before you enlarge the batch"
             )
+        elif is_bound:
+            advice = "whether it is larger cannot be told yet"
         else:
             advice = "they are of one size"
         words = [
             f"{'at most ' if is_bound else ''}{rho:.1%} of a gradient persists (median of {count} matrices)",
             f"if the rest is noise, its scale is {'at least ' if is_bound else ''}{scale:,.0f} samples{tokens[0]} "
-            f"beside a batch of {batch:,}{tokens[1]}: {advice}",
+            f"beside a batch of {batch:,.0f}{tokens[1]}: {advice}",
         ]
         by_scale = sorted(scales, key=scales.__getitem__)
         noisy = [matrix for matrix in by_scale[::-1] if scales[matrix][0] > _APART * scale]
@@ -244,12 +282,17 @@ def median(ordered: Sequence[Number]) -> Number:
     return sum(value for value, _ in middle) / len(middle), kinds[0]
 
 
+def _tagged(name: str, numbers: dict[str, Number]) -> dict[str, float]:
+    """Numbers by tag, which says what they are."""
+    return {f"{name}{'' if kind == 'value' else f'_{kind}'}/{of}": value for of, (value, kind) in numbers.items()}
+
+
 def _noise_scales(rhos: dict[str, Number], batch: float) -> dict[str, Number]:
     """In units of the batch's, of the matrices whose signal fraction says one."""
     return {
         matrix: (noise_scale(rho, batch), _OF_NOISE[kind])
         for matrix, (rho, kind) in rhos.items()
-        if kind in _OF_NOISE and rho
+        if kind in _OF_NOISE and rho and batch
     }
 
 

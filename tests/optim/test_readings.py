@@ -56,7 +56,7 @@ def test_numbers_of_matrices_columns_and_rows(batched: bool | None) -> None:
         assert found["steps"][f"w{i}"].tolist() == found["step"][f"w{i}"].tolist() == [1.0]
 
 
-@pytest.mark.parametrize("blocks", [[2, 2, 2], [4, 2]])
+@pytest.mark.parametrize("blocks", [[2, 2, 2], [4, 2], [1, 5], [5, 1]])
 def test_blocks_have_a_number_each_and_rows_as_many_as_the_highest(blocks: list[int]) -> None:
     p = parameter(6, 3)
     found = stepped(Reporting([{"params": [("w", p)], "blocks": blocks}]))
@@ -148,6 +148,27 @@ def test_what_is_no_number_is_refused_before_the_first_step(reading: Any, words:
     with pytest.raises((TypeError, ValueError), match=words):
         Wrong([("w", p)]).step()
     assert not p.any()
+
+
+def test_names_that_the_log_adds_are_refused() -> None:
+    class Taken(Reporting):
+        def rule(self, x: Any, h: Any) -> Any:
+            x.report(noise_scale=1.0)
+            x.apply((yield Polar(x.advance(h))), step_size=h.lr)
+
+    with pytest.raises(ValueError, match="names of their own, but the log itself adds noise_scale"):
+        Taken([("w", parameter(5, 3))]).step()
+
+
+def test_a_reading_stays_what_it_was_when_the_rule_goes_on() -> None:
+    class Writing(Reporting):
+        def rule(self, x: Any, h: Any) -> Any:
+            O = yield Polar(x.advance(h))
+            number = torch.full_like(x.step, 2.0)
+            x.report(number=number)
+            x.apply(O, step_size=number.mul_(0))
+
+    assert stepped(Writing([("w", parameter(5, 3))]))["number"]["w"].tolist() == [2.0]
 
 
 def test_namo_d_reports_columns_and_how_many_are_at_a_clamp() -> None:

@@ -100,9 +100,19 @@ def test_a_state_that_goes_back_starts_the_readings_anew() -> None:
     signal.add(100, 0.5)
     signal.add(200, 0.9)
     signal.add(150, 0.5)
-    assert signal.error() == pytest.approx(math.sqrt(variance(signal.averages, 0.5, 150) / 64))
+    assert signal.error() == pytest.approx(math.sqrt(variance(signal.averages, 0.5, 150) / 16))
     signal.add(160, math.nan)
     assert signal.last == 0.5
+
+
+def test_a_step_that_is_skipped_or_not_taken_says_nothing() -> None:
+    signal = SignalFraction(Averages(0.95, True, 0.99))
+    for step in range(100, 200, 10):
+        signal.add(step, 0.5 + step / 1e4)
+    error = signal.error()
+    signal.add(190, math.nan)
+    signal.add(190, 0.9)
+    assert (signal.last, signal.error()) == (0.519, error)
 
 
 def test_noise_scale() -> None:

@@ -33,17 +33,17 @@ def test_it_measures_a_known_noise() -> None:
 
 def on_rank(rank: int) -> torch.Tensor:
     metric = GradientNoiseScale(layers=2)
-    for seed in range(rank, 4, 2):
+    for seed in range(rank, 5, 2):
         update(metric, torch.Generator().manual_seed(seed), small=4, parts=8)
-    return metric.compute()
+    return torch.stack((metric.signal_fraction(batch=16), metric.compute()))
 
 
 def test_ranks_sync() -> None:
     metric = GradientNoiseScale(layers=2)
-    for seed in range(4):
+    for seed in range(5):
         update(metric, torch.Generator().manual_seed(seed), small=4, parts=8)
     for found in run_ranks(on_rank, 2):
-        torch.testing.assert_close(found, metric.compute())
+        torch.testing.assert_close(found, torch.stack((metric.signal_fraction(batch=16), metric.compute())))
 
 
 def test_batches_of_one_size_say_nothing() -> None:

@@ -6,6 +6,7 @@ import functools
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_namo import NAMO, NAMOD, Muon, OptimizerCallback, ReadingLog, optimize_with
+from lightning_namo import NAMO, NAMOD, Muon, OptimizerCallback, ReadingLog, build_optimizer, optimize_with
 from lightning_namo.telemetry.reading_log import median
 from tests.helpers.launch import run_ranks
 
@@ -114,7 +115,8 @@ def known_under_fsdp2(rank: int, folder: str, name: str) -> Any:
     cls = {"NAMO": NAMO, "NAMOD": NAMOD}[name]
     callback = OptimizerCallback(quiet(cls))
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    train(Path(folder), callback, Known(), strategy=strategy, devices=2)
+    with mock.patch("torchmetrics.metric.gather_all_tensors", side_effect=AssertionError("a collective")):
+        train(Path(folder), callback, Known(), strategy=strategy, devices=2)
     return callback.readings._batch, {key: signal.last for key, signal in callback.readings._signals.items()}
 
 
@@ -234,6 +236,111 @@ def test_what_rules_report_is_logged_by_its_name(tmp_path: Path) -> None:
     assert {tag.partition("/")[0] for tag in of_muon} >= {"effective_step", "effective_decay", "skipped_steps"}
     assert of_muon["effective_step/low.weight"][9] == pytest.approx(1e-3 * 0.2 * math.sqrt(32))
     assert of_muon["effective_decay/low.weight"][9] == pytest.approx(1e-3 * 0.1)
+
+
+def test_a_short_last_batch_is_not_the_batch(tmp_path: Path) -> None:
+    callback = OptimizerCallback(quiet())
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=CSVLogger(tmp_path),
+        callbacks=[callback],
+        accumulate_grad_batches=2,
+        log_every_n_steps=7,
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Known(), DataLoader(Noise(BATCH * 80 + 1), BATCH))
+    assert trainer.global_step == 41  # the last one on a single sample
+    assert callback.readings._batch == 2 * BATCH
+    words = callback.readings.summary()
+    assert words is not None
+    assert f"beside a batch of {2 * BATCH}: " in words
+
+
+def test_batches_of_unlike_tensors_have_no_size_until_it_is_said(tmp_path: Path) -> None:
+    class Unlike(Noise):
+        def __getitem__(self, index: int) -> Any:
+            return super().__getitem__(index), torch.zeros(3)
+
+    class Two(Known):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch[0], batch_idx)
+
+    def collate(samples: list[Any]) -> Any:
+        return torch.stack([noise for noise, _ in samples]), torch.zeros(3)
+
+    def fit(folder: Path, log: ReadingLog) -> dict[str, dict[int, float]]:
+        module = Two()
+        module.configure_optimizers = optimize_with(NAMO, lr=1e-3).__get__(module)  # type: ignore[method-assign]
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            logger=TensorBoardLogger(folder, name="", version=""),
+            callbacks=[log],
+            log_every_n_steps=10,
+            max_steps=100,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(Unlike(BATCH * 100), BATCH, collate_fn=collate))
+        return curves(folder)
+
+    with pytest.warns(UserWarning, match=r"The noise scale is not logged, .* not of one length: \[3, 8\]"):
+        found = fit(tmp_path / "guessed", ReadingLog())
+    assert "signal_fraction/high.weight" in found
+    assert not any("noise_scale" in tag for tag in found)
+    found = fit(tmp_path / "said", ReadingLog(batch_size_fn=lambda batch: len(batch[0])))
+    rho = found["signal_fraction/high.weight"][99]
+    assert found["noise_scale/high.weight"][99] == pytest.approx(BATCH * (1 - rho) / rho, rel=1e-4)
+
+
+class ByHand(pl.LightningModule):
+    """Two optimizers over layers of one name, stepped after every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = Known({"layer": 0.8}), Known({"layer": 0.3})
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for module, optimizer in zip((self.first, self.second), self.optimizers(), strict=True):
+            self.manual_backward(module.training_step(batch, batch_idx) / 2)
+            if batch_idx % 2:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def configure_optimizers(self) -> Any:
+        return [build_optimizer(module, NAMO, lr=1e-3) for module in (self.first, self.second)]
+
+
+def test_two_optimizers_by_hand_are_told_apart(tmp_path: Path) -> None:
+    found = train(tmp_path, ReadingLog(), ByHand(), steps=400, log_every_n_steps=50)
+    for number, rho in enumerate((0.8, 0.3)):
+        of_optimizer = found[f"signal_fraction/optimizer_{number}/layer.weight"]
+        assert len(of_optimizer) == 8  # 400 steps of both are 400 batches
+        expected = rho / (rho + (1 - rho) / 2)  # of two batches
+        assert max(of_optimizer) > 150
+        assert of_optimizer[max(of_optimizer)] == pytest.approx(expected, abs=0.03)
+        scale = found[f"noise_scale/optimizer_{number}/layer.weight"][max(of_optimizer)]
+        assert scale == pytest.approx(2 * BATCH * (1 - expected) / expected, rel=0.2)
+
+
+def test_a_second_fit_knows_nothing_of_the_first(tmp_path: Path) -> None:
+    callback = OptimizerCallback(quiet())
+    train(tmp_path / "first", callback, Known(), steps=40)
+    train(tmp_path / "second", callback, Known({"other": 0.5}), steps=40)
+    assert set(callback.readings._signals) == {"other.weight"}
+
+
+def test_readings_are_logged_once(tmp_path: Path) -> None:
+    """A step that is not taken, as of AMP after an overflow, has none, rather than those of the step before."""
+    callback, module = OptimizerCallback(quiet()), Known()
+    train(tmp_path, callback, module, steps=20)
+    assert "step_scale/low.weight" in curves(tmp_path)
+    (optimizer,) = module.trainer.optimizers
+    assert callback.readings._read(optimizer, "") == {}
 
 
 class Spoiled(Known):
