@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_namo import NAMO, NAMOD, OrthogonalizedOptimizer, build_optimizer
+from lightning_namo import NAMO, NAMOD, Muon, OrthogonalizedOptimizer, build_optimizer
 from lightning_namo.optim import Polar, Sum
 from lightning_namo.testing.layouts import Experts
 
@@ -93,6 +93,14 @@ def test_a_skipped_matrix_reads_nan_and_one_without_a_gradient_nothing() -> None
     assert found["step_scale"]["w1"].isnan().all()
     assert "w2" not in found["step_scale"]
     assert {name: value.item() for name, value in found["skipped"].items()} == {"w0": 0, "w1": 2}
+
+
+def test_a_skipped_matrix_reads_nan_whatever_the_rule_reports() -> None:
+    params = [parameter(5, 3, seed=seed) for seed in range(2)]
+    params[1].grad[0, 0] = math.inf
+    found = stepped(Muon([(f"w{i}", p) for i, p in enumerate(params)], lr=0.1))
+    assert found["effective_step"]["w0"].item() > 0
+    assert found["effective_step"]["w1"].isnan().all()
 
 
 def test_nothing_is_computed_or_kept_unless_somebody_looks() -> None:
