@@ -261,7 +261,8 @@ class ReadingLog(pl.Callback):
         for which, names in {"noisier": noisy, "clearer": clear}.items():
             if names:
                 more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-                listed = ", ".join(f"{matrix} ({rhos[matrix][0]:.1%})" for matrix in names[:_NAMED])
+                bound = {"value": "", "at_most": "at most "}
+                listed = ", ".join(f"{m} ({bound[rhos[m][1]]}{rhos[m][0]:.1%})" for m in names[:_NAMED])
                 words.append(f"{which} by more than {_APART:.0f} times: {listed}{more}")
         return "; ".join(words)
 

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_namo import NAMO, NAMOD, Muon, OptimizerCallback, ReadingLog, build_optimizer, optimize_with
+from lightning_namo.telemetry.noise import Averages, SignalFraction
 from lightning_namo.telemetry.reading_log import median
 from tests.helpers.launch import run_ranks
 
@@ -366,6 +367,29 @@ def test_the_optimizer_keeps_readings_for_the_steps_that_are_logged_only(tmp_pat
 
     train(tmp_path, Watched(quiet()), Known(), steps=20)
     assert kept == ([False] * 9 + [True]) * 2
+
+
+def test_the_summary_names_what_stands_apart_and_says_what_to_do() -> None:
+    def summary(rhos: list[float], batch: int) -> str:
+        log = ReadingLog()
+        log._sizes.append((batch, 0))
+        for i, rho in enumerate(rhos):
+            log._signals[f"m{i}"] = signal = SignalFraction(Averages(0.95, True, 0.99))
+            for step in range(200, 400, 10):
+                signal.add(step, rho)
+        words = log.summary()
+        assert words is not None
+        return words
+
+    assert summary([0.5, 0.55, 0.6, 0.05], 8) == (
+        "52.5% of a gradient persists (median of 4 matrices); if the rest is noise, its scale is 7 samples beside a "
+        "batch of 8: they are of one size; noisier by more than 4 times: m3 (5.0%)"
+    )
+    assert summary([0.9, 0.9, 0.99], 8).endswith("smaller batches would do; clearer by more than 4 times: m2 (99.0%)")
+    assert "measure it (GradientNoiseScale) before you enlarge the batch" in summary([0.05, 0.05], 8)
+    low = summary([0.0, 0.5, 0.5, 0.0, 0.5], 8)
+    assert "noisier by more than 4 times: m0 (at most " in low or "noisier by more than 4 times: m3 (at most " in low
+    assert "cannot be told yet" in summary([0.0, 0.4], 8)
 
 
 def test_medians_of_bounds() -> None:
