@@ -68,7 +68,7 @@ class Known(pl.LightningModule):
 
 
 def train(
-    folder: Path, callback: pl.Callback, module: pl.LightningModule, steps: int = STEPS, **trainer: Any
+    folder: Path, callback: pl.Callback, module: pl.LightningModule, steps: int = STEPS, seed: int = 0, **trainer: Any
 ) -> dict[str, dict[int, float]]:
     """Scalars by tag and step, of TensorBoard's files."""
     keys = {"accelerator": "cpu", "log_every_n_steps": 10, "max_steps": steps, **trainer}
@@ -81,7 +81,7 @@ def train(
         **keys,
     )
     samples = BATCH * steps * trained.accumulate_grad_batches
-    trained.fit(module, DataLoader(Noise(samples, seed=trained.global_rank), BATCH))
+    trained.fit(module, DataLoader(Noise(samples, seed), BATCH))
     return curves(folder)
 
 
@@ -112,24 +112,32 @@ def test_a_known_signal_is_read_back_within_two_percent(tmp_path: Path, cls: Any
         assert found[f"signal_fraction/{of}"][STEPS - 1] == last[name]
 
 
-def known_under_fsdp2(rank: int, folder: str, name: str) -> Any:
-    cls = {"NAMO": NAMO, "NAMOD": NAMOD}[name]
-    callback = OptimizerCallback(quiet(cls))
+def known_under_fsdp2(rank: int, folder: str, name: str, nesterov: bool, own_noise: bool) -> Any:
+    callback = OptimizerCallback(quiet({"NAMO": NAMO, "NAMOD": NAMOD}[name], nesterov=nesterov))
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     with mock.patch("torchmetrics.metric.gather_all_tensors", side_effect=AssertionError("a collective")):
-        train(Path(folder), callback, Known(), strategy=strategy, devices=2)
+        train(
+            Path(folder),
+            callback,
+            Known(),
+            seed=rank * own_noise,
+            strategy=strategy,
+            devices=2,
+            use_distributed_sampler=False,
+        )
     return callback.readings._batch, {key: signal.last for key, signal in callback.readings._signals.items()}
 
 
+@pytest.mark.parametrize(("nesterov", "own_noise"), [(True, False), (False, True)])
 @pytest.mark.parametrize("name", ["NAMO", "NAMOD"])
-def test_a_known_signal_is_read_back_under_fsdp2(tmp_path: Path, name: str) -> None:
-    """Two ranks with noise of their own: half of the noise is left, and a batch is twice as large."""
-    (batch, first), second = run_ranks(known_under_fsdp2, 2, str(tmp_path), name)
+def test_a_known_signal_is_read_back_under_fsdp2(tmp_path: Path, name: str, nesterov: bool, own_noise: bool) -> None:
+    """Where two ranks have noise of their own half of it is left."""
+    (batch, first), second = run_ranks(known_under_fsdp2, 2, str(tmp_path), name, nesterov, own_noise)
     assert (batch, first) == second  # to the bit
     assert batch == 2 * BATCH
     found = curves(tmp_path)
     for key, rho in FRACTIONS.items():
-        expected = rho / (rho + (1 - rho) / 2)
+        expected = rho / (rho + (1 - rho) / (2 if own_noise else 1))
         settled = [value for step, value in found[f"signal_fraction/{key}.weight"].items() if step >= 200]
         assert len(settled) >= 9
         assert all(abs(value - expected) < 0.02 for value in settled), (key, settled)
