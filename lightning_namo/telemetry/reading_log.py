@@ -79,8 +79,8 @@ class ReadingLog(pl.Callback):
         """Know nothing of earlier fits."""
         self._samples = self._tokens = 0  # of this rank, since the last step
         self._sizes: deque[tuple[int, int]] = deque(maxlen=_WINDOW)  # samples and tokens of all ranks in the last steps
-        self._has_size = True
-        self._is_due = self._has_stepped = False
+        self._unlike: set[int] | None = None  # lengths of the tensors of a batch whose size is not known
+        self._is_due = self._has_stepped = self._has_warned = False
         self._signals: dict[str, SignalFraction] = {}
         self._at_cap: dict[str, Running] = {}
 
@@ -113,13 +113,8 @@ class ReadingLog(pl.Callback):
             self._samples += self.batch_size_fn(batch)
         elif len(sizes := {len(tensor) for tensor in tensors}) == 1:
             self._samples += sizes.pop()
-        elif self._has_size:
-            self._has_size = False
-            rank_zero_warn(
-                "The noise scale is not logged, since the tensors of a batch are not of one length: "
-                f"{sorted(sizes) or 'there are none'}. Say how many samples it has: ReadingLog(batch_size_fn=...), or "
-                "OptimizerCallback's readings.batch_size_fn. The signal fraction is logged."
-            )
+        else:
+            self._unlike = sizes
         self._tokens += next((t.numel() for t in tensors if t.dim() == 2 and not t.is_floating_point()), 0)
 
     def on_before_optimizer_step(
@@ -129,7 +124,8 @@ class ReadingLog(pl.Callback):
         if not self._has_stepped:  # the first of several optimizers
             placement = trainer.distributed_sampler_kwargs
             replicas = 1 if placement is None else placement["num_replicas"]
-            self._sizes.append((self._samples * replicas * self._has_size, self._tokens * replicas))
+            known = self._unlike is None
+            self._sizes.append((self._samples * replicas * known, self._tokens * replicas * known))
             self._samples = self._tokens = 0
             self._has_stepped = True
         for each in _optimizers(trainer):
@@ -201,6 +197,13 @@ class ReadingLog(pl.Callback):
 
     def _metrics(self, found: Numbers) -> dict[str, float]:
         """What is logged, by tag."""
+        if found.get("signal_fraction") and self._unlike is not None and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                "The noise scale is not logged, since the tensors of a batch are not of one length: "
+                f"{sorted(self._unlike) or 'there are none'}. Say how many samples it has, in "
+                "ReadingLog(batch_size_fn=...) or OptimizerCallback's readings.batch_size_fn."
+            )
         metrics: dict[str, float] = {}
         matrices = {matrix for name in found.keys() - {"skipped_steps"} for matrix in found[name]}
         for name, of_matrices in found.items():

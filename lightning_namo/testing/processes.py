@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import pickle
 import tempfile
@@ -126,4 +127,5 @@ def _rank(
     if rank == 0:
         found = [words for of_rank in of_ranks for words in of_rank]
         torch.save(found, Path(folder, "found.pt"))
+    gc.collect()  # of sharded modules, which are in cycles and hold the group: gloo's threads would abort at the end
     dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""The orders of momentum and polar factor: the paper's synthetic table, and NAMO's adaptive number in each order."""
+"""The orders of momentum and polar factor: the paper's synthetic table, and NAMO's adaptive number in each order.
+
+`python -m tests.optim.test_orders` prints the table of docs/denoise.md.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,13 @@ def denoised(order: str, momentum: float, seed: int) -> list[float]:
     return [float(sigma[2] - sigma[3]), error, float((update * signal).sum() / 25)]
 
 
+def mean(order: str, momentum: float) -> list[float]:
+    """Of ten draws."""
+    return torch.tensor([denoised(order, momentum, seed) for seed in range(10)]).mean(dim=0).tolist()
+
+
 def test_momentum_before_the_polar_factor_alone_denoises_as_published() -> None:
     """The table has one draw; the mean of ten is within 0.3 of its gaps, which differ by 0.1 to 0.25 between draws."""
-
-    def mean(order: str, momentum: float) -> list[float]:
-        return torch.tensor([denoised(order, momentum, seed) for seed in range(10)]).mean(dim=0).tolist()
-
     assert mean("pre", 0.0) == [
         pytest.approx(0.61, abs=0.3),
         pytest.approx(0.998, abs=0.02),
@@ -130,3 +134,8 @@ def test_other_orders_train_on_shards_and_through_checkpoints(order: str) -> Non
 @pytest.mark.slow
 def test_the_average_of_polar_factors_trains_under_every_layout() -> None:
     check_rule(functools.partial(NAMO, order="post"), processes=2)
+
+
+if __name__ == "__main__":
+    for case in (*(("pre", momentum) for momentum in (0.0, 0.5, 0.9, 0.95)), ("none", 0.95), ("post", 0.95)):
+        print(*case, *(f"{value:.3f}" for value in mean(*case)))

@@ -67,21 +67,19 @@ class Known(pl.LightningModule):
         return torch.stack(losses).sum()
 
 
+def fit(callback: pl.Callback, module: pl.LightningModule, logger: Any, data: Any, **keys: Any) -> pl.Trainer:
+    quiet_trainer = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", logger=logger, callbacks=[callback], **quiet_trainer, **keys)
+    trainer.fit(module, data)
+    return trainer
+
+
 def train(
-    folder: Path, callback: pl.Callback, module: pl.LightningModule, steps: int = STEPS, seed: int = 0, **trainer: Any
+    folder: Path, callback: pl.Callback, module: pl.LightningModule, steps: int = STEPS, seed: int = 0, **keys: Any
 ) -> dict[str, dict[int, float]]:
     """Scalars by tag and step, of TensorBoard's files."""
-    keys = {"accelerator": "cpu", "log_every_n_steps": 10, "max_steps": steps, **trainer}
-    trained = pl.Trainer(
-        logger=TensorBoardLogger(folder, name="", version=""),
-        callbacks=[callback],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **keys,
-    )
-    samples = BATCH * steps * trained.accumulate_grad_batches
-    trained.fit(module, DataLoader(Noise(samples, seed), BATCH))
+    logger, data = TensorBoardLogger(folder, name="", version=""), DataLoader(Noise(BATCH * steps, seed), BATCH)
+    fit(callback, module, logger, data, max_steps=steps, **{"log_every_n_steps": 10} | keys)
     return curves(folder)
 
 
@@ -191,18 +189,8 @@ def test_samples_and_tokens_of_all_micro_batches_count(tmp_path: Path) -> None:
     callback = ReadingLog()
     module = Tokens()
     module.configure_optimizers = optimize_with(NAMO, lr=1e-3).__get__(module)  # type: ignore[method-assign]
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=CSVLogger(tmp_path),
-        callbacks=[callback],
-        accumulate_grad_batches=3,
-        log_every_n_steps=5,
-        max_steps=60,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module, DataLoader(WithTokens(BATCH * 180), BATCH))
+    data = DataLoader(WithTokens(BATCH * 180), BATCH)
+    fit(callback, module, CSVLogger(tmp_path), data, accumulate_grad_batches=3, log_every_n_steps=5, max_steps=60)
     assert (callback._batch, callback._batch_tokens) == (3 * BATCH, 3 * BATCH * 100)
     words = callback.summary()
     assert words is not None
@@ -249,18 +237,9 @@ def test_what_rules_report_is_logged_by_its_name(tmp_path: Path) -> None:
 
 def test_a_short_last_batch_is_not_the_batch(tmp_path: Path) -> None:
     callback = OptimizerCallback(quiet())
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=CSVLogger(tmp_path),
-        callbacks=[callback],
-        accumulate_grad_batches=2,
-        log_every_n_steps=7,
-        max_epochs=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(Known(), DataLoader(Noise(BATCH * 80 + 1), BATCH))
+    data = DataLoader(Noise(BATCH * 80 + 1), BATCH)
+    keys = {"accumulate_grad_batches": 2, "log_every_n_steps": 7, "max_epochs": 1}
+    trainer = fit(callback, Known(), CSVLogger(tmp_path), data, **keys)
     assert trainer.global_step == 41  # the last one on a single sample
     assert callback.readings._batch == 2 * BATCH
     words = callback.readings.summary()
@@ -280,27 +259,18 @@ def test_batches_of_unlike_tensors_have_no_size_until_it_is_said(tmp_path: Path)
     def collate(samples: list[Any]) -> Any:
         return torch.stack([noise for noise, _ in samples]), torch.zeros(3)
 
-    def fit(folder: Path, log: ReadingLog) -> dict[str, dict[int, float]]:
+    def logged(folder: Path, log: ReadingLog) -> dict[str, dict[int, float]]:
         module = Two()
         module.configure_optimizers = optimize_with(NAMO, lr=1e-3).__get__(module)  # type: ignore[method-assign]
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            logger=TensorBoardLogger(folder, name="", version=""),
-            callbacks=[log],
-            log_every_n_steps=10,
-            max_steps=100,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(module, DataLoader(Unlike(BATCH * 100), BATCH, collate_fn=collate))
+        data = DataLoader(Unlike(BATCH * 100), BATCH, collate_fn=collate)
+        fit(log, module, TensorBoardLogger(folder, name="", version=""), data, log_every_n_steps=10, max_steps=100)
         return curves(folder)
 
     with pytest.warns(UserWarning, match=r"The noise scale is not logged, .* not of one length: \[3, 8\]"):
-        found = fit(tmp_path / "guessed", ReadingLog())
+        found = logged(tmp_path / "guessed", ReadingLog())
     assert "signal_fraction/high.weight" in found
     assert not any("noise_scale" in tag for tag in found)
-    found = fit(tmp_path / "said", ReadingLog(batch_size_fn=lambda batch: len(batch[0])))
+    found = logged(tmp_path / "said", ReadingLog(batch_size_fn=lambda batch: len(batch[0])))
     rho = found["signal_fraction/high.weight"][99]
     assert found["noise_scale/high.weight"][99] == pytest.approx(BATCH * (1 - rho) / rho, rel=1e-4)
 
