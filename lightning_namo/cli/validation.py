@@ -93,8 +93,8 @@ def check_sections(sections: Namespace) -> None:
     for key in ("trainer", "optim", "model", "data"):
         if not isinstance(sections.get(key), Namespace):
             raise ValueError(f"Expected options under {key}:. Got {sections.get(key)!r}.")
-    for key in ("optimizer", "adamw", "orthogonalize", "batched", "transposed", "matrix", "adopt_state"):
-        if sections.optim.get(key) is None:
+    for key in ("optimizer", *OptimizerCallback.ROUTING, "adopt_state"):
+        if sections.optim.get(key) is None and key != "blocks":
             raise ValueError(f"Expected --optim.{key} to have a value. Got null.")
     for key in ("optimizer", "schedule"):
         section = sections.optim.get(key)
@@ -102,7 +102,8 @@ def check_sections(sections: Namespace) -> None:
             raise ValueError(f"Expected --optim.{key}.{option} to have a value. Got null.")
     for option, value, expected in _out_of_range(sections.optim.optimizer):
         raise ValueError(f"Expected --optim.optimizer.{option} to be {expected}. Got {value!r}.")
-    for glob in sections.optim.get("blocks") or ():
+    blocks = sections.optim.get("blocks")
+    for glob in blocks if isinstance(blocks, dict) else ():
         if not isinstance(glob, str):
             raise ValueError(f"Expected the keys of --optim.blocks to be globs over parameter names. Got {glob!r}.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from lightning_namo.checkpoint.numbering import number_by_module
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
+from lightning_namo.routing.candidates import Side
+from lightning_namo.routing.globs import Blocks
 from lightning_namo.routing.split import ParameterGroups, split_parameters
 
 Globs: TypeAlias = str | Sequence[str]
-Blocks: TypeAlias = Mapping[str, int | Sequence[int]]
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
 
 
@@ -28,6 +29,8 @@ def build_optimizer(
     batched: Globs = (),
     transposed: Globs = (),
     matrix: Globs = (),
+    heads: Side = "adamw",
+    first_layers: Side = "adamw",
     adopt_state: bool = False,
     **hyper: Any,
 ) -> AnyOptimizer:
@@ -41,11 +44,14 @@ def build_optimizer(
         cls: `NAMO` or another `OrthogonalizedOptimizer`, or any callable from parameter groups to an optimizer.
         adamw: Globs over parameter names that take AdamW whatever the routing says.
         orthogonalize: Globs over parameter names that are matrices whatever the routing says.
-        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``; or "auto": of those whose parts
+            are known, or "heads": q, k and v by attention heads, too.
         batched: Globs of batches of matrices along the first dimension (experts); bare parameters of three dimensions
             are taken for such.
         transposed: Globs of parameters that are stored with input features as rows.
         matrix: Globs of parameters that are one matrix, and no batch.
+        heads: "matrix": output heads that are not tied to an embedding are matrices, too, and do not take AdamW.
+        first_layers: "matrix": patch embeddings and stems of convolutions are matrices, too, and do not take AdamW.
         adopt_state: Whether to go on from a checkpoint of another optimizer (AdamW, Muon, ...): the momentum and the
             state of AdamW's parameters are taken over, all else starts anew, and a warning says what. Not for runs
             that resume their own checkpoint.
@@ -60,8 +66,17 @@ def build_optimizer(
     """
     check_callable("build_optimizer", cls)
     check_strategy(module)
-    routing = {"adamw": adamw, "orthogonalize": orthogonalize, "batched": batched, "transposed": transposed}
-    groups = split_parameters(module, blocks=blocks, matrix=matrix, **routing)
+    routing: dict[str, Any] = {
+        "adamw": adamw,
+        "orthogonalize": orthogonalize,
+        "blocks": blocks,
+        "batched": batched,
+        "transposed": transposed,
+        "matrix": matrix,
+        "heads": heads,
+        "first_layers": first_layers,
+    }
+    groups = split_parameters(module, **routing)
     return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
 
 

@@ -17,9 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_namo.arguments import is_number
-from lightning_namo.integration.build import Blocks, Globs, check_callable, check_strategy, make_optimizer
+from lightning_namo.integration.build import Globs, check_callable, check_strategy, make_optimizer
 from lightning_namo.optim.groups import GroupedOptimizer
 from lightning_namo.optim.schedules import WarmupStableDecay
+from lightning_namo.routing.candidates import Side
+from lightning_namo.routing.globs import Blocks
 from lightning_namo.routing.split import ParameterGroups, split_parameters
 
 Schedule: TypeAlias = WarmupStableDecay | Callable[[Optimizer], LRScheduler]
@@ -40,6 +42,8 @@ def optimize_with(
     batched: Globs = (),
     transposed: Globs = (),
     matrix: Globs = (),
+    heads: Side = "adamw",
+    first_layers: Side = "adamw",
     adopt_state: bool = False,
     **hyper: Any,
 ) -> Callable[[pl.LightningModule], OptimizerLRScheduler]:
@@ -58,6 +62,8 @@ def optimize_with(
         batched: As `build_optimizer`'s.
         transposed: As `build_optimizer`'s.
         matrix: As `build_optimizer`'s.
+        heads: As `build_optimizer`'s.
+        first_layers: As `build_optimizer`'s.
         adopt_state: As `build_optimizer`'s.
         **hyper: Hyper-parameters of ``cls``.
 
@@ -70,11 +76,20 @@ def optimize_with(
         ...     configure_optimizers = optimize_with(NAMOD, lr=0.009, clamp=0.1)
     """
     check_callable("optimize_with", cls)
+    routing: dict[str, Any] = {
+        "adamw": adamw,
+        "orthogonalize": orthogonalize,
+        "blocks": blocks,
+        "batched": batched,
+        "transposed": transposed,
+        "matrix": matrix,
+        "heads": heads,
+        "first_layers": first_layers,
+    }
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
         check_strategy(self)
-        routing = {"adamw": adamw, "orthogonalize": orthogonalize, "batched": batched, "transposed": transposed}
-        groups = split_parameters(wrapped(self), blocks=blocks, matrix=matrix, **routing)
+        groups = split_parameters(wrapped(self), **routing)
         return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper), adopt_state), schedule)
 
     return configure_optimizers

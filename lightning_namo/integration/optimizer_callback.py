@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,6 +20,8 @@ from lightning_namo.integration.configure import configured, wrapped
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.namo import NAMO
 from lightning_namo.optim.schedules import WarmupStableDecay
+from lightning_namo.routing.candidates import Side
+from lightning_namo.routing.globs import Blocks
 from lightning_namo.routing.split import split_parameters
 from lightning_namo.sharding.agreement import check_same
 from lightning_namo.telemetry.reading_log import ReadingLog
@@ -39,7 +41,8 @@ class OptimizerCallback(pl.Callback):
         schedule: A `WarmupStableDecay`, or a callable from the optimizer to a scheduler; stepped every step.
         adamw: Globs over parameter names that take AdamW whatever the routing says.
         orthogonalize: Globs over parameter names that are matrices whatever the routing says.
-        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``.
+        blocks: From globs to row blocks of fused matrices: ``{"*.c_attn.weight": 3}``; or "auto": of those whose parts
+            are known, or "heads": q, k and v by attention heads, too.
         batched: Globs of batches of matrices along the first dimension (experts); bare parameters of three dimensions
             are taken for such.
         transposed: Globs of parameters that are stored with input features as rows.
@@ -47,6 +50,8 @@ class OptimizerCallback(pl.Callback):
         adopt_state: Whether to go on from a checkpoint of another optimizer: see `build_optimizer`.
         log_matrices: Whether to log what the optimizer reports of every matrix: see `ReadingLog`.
         log_aggregates: Whether to log median, minimum and maximum of that over all matrices.
+        heads: "matrix": output heads that are not tied to an embedding are matrices, too, and do not take AdamW.
+        first_layers: "matrix": patch embeddings and stems of convolutions are matrices, too, and do not take AdamW.
 
     Raises:
         RuntimeError: At the start of fit, if an optimizer's parameters are not the module's.
@@ -59,19 +64,23 @@ class OptimizerCallback(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[OptimizerCallback(partial(NAMOD, lr=0.009))], logger=False)
     """
 
+    ROUTING = ("adamw", "orthogonalize", "blocks", "batched", "transposed", "matrix", "heads", "first_layers")
+
     def __init__(
         self,
         optimizer: Callable[[Any], Optimizer] = NAMO,
         schedule: WarmupStableDecay | LRSchedulerCallable | None = None,
         adamw: str | Sequence[str] = (),
         orthogonalize: str | Sequence[str] = (),
-        blocks: Mapping[str, int | Sequence[int]] | None = None,
+        blocks: Blocks | None = None,
         adopt_state: bool = False,
         batched: str | Sequence[str] = (),
         transposed: str | Sequence[str] = (),
         matrix: str | Sequence[str] = (),
         log_matrices: bool | None = None,
         log_aggregates: bool = True,
+        heads: Side = "adamw",
+        first_layers: Side = "adamw",
     ) -> None:
         super().__init__()
         self.optimizer = optimizer
@@ -80,6 +89,7 @@ class OptimizerCallback(pl.Callback):
         self.orthogonalize = orthogonalize
         self.blocks = blocks
         self.batched, self.transposed, self.matrix = batched, transposed, matrix
+        self.heads, self.first_layers = heads, first_layers
         self.adopt_state = adopt_state
         self.log_matrices, self.log_aggregates = log_matrices, log_aggregates
         self.readings = ReadingLog(log_matrices, log_aggregates)
@@ -89,8 +99,7 @@ class OptimizerCallback(pl.Callback):
     @property
     def routing(self) -> dict[str, Any]:
         """The arguments of `split_parameters`."""
-        keys = ("adamw", "orthogonalize", "blocks", "batched", "transposed", "matrix")
-        return {key: getattr(self, key) for key in keys}
+        return {key: getattr(self, key) for key in self.ROUTING}
 
     def attach(self, module: pl.LightningModule) -> None:
         """Give a module this callback's ``configure_optimizers``, until the fit ends.

@@ -5,8 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
 
-from lightning_namo.routing.reasons import Candidate
+from lightning_namo.routing.candidates import Candidate
+from lightning_namo.routing.fused import Fused, blocks_of
+
+Automatic: TypeAlias = Literal["auto", "heads"]
+Blocks: TypeAlias = Automatic | Mapping[str, int | Sequence[int] | Automatic]
 
 
 def _match(
@@ -33,6 +38,7 @@ def overrule(candidates: list[Candidate], adamw: str | Iterable[str], orthogonal
     """Let the user's globs have the last word over the routing."""
     for candidate, globs in _match("adamw", adamw, candidates):
         candidate.adamw = candidate.glob = f"glob {globs[0]!r} in adamw"
+        candidate.confidence = "sure"
     for candidate, globs in _match("orthogonalize", orthogonalize, candidates):
         glob = f"glob {globs[0]!r} in orthogonalize"
         if candidate.glob is not None:
@@ -45,7 +51,8 @@ def overrule(candidates: list[Candidate], adamw: str | Iterable[str], orthogonal
                 f"Expected {glob} to match real parameters of two or more dimensions, but {candidate.name} "
                 f"{got}. Narrow the glob."
             )
-        candidate.adamw, candidate.glob = None, glob
+        candidate.adamw, candidate.glob, candidate.confidence = None, glob, "sure"
+        candidate.notes.clear()
 
 
 def set_batches(
@@ -70,14 +77,26 @@ def set_batches(
                     f"Expected {words} to match parameters of three or more dimensions, a batch along the first, but "
                     f"{candidate.name} has shape {candidate.shape}. Narrow the glob."
                 )
-            candidate.batched, candidate.batch_words = keyword == "batched", words
+            candidate.batched, candidate.batch_words, candidate.confidence = keyword == "batched", words, "sure"
     for candidate, found in _match("transposed", transposed, candidates):
         candidate.turned = True
         candidate.batch_words += f", glob {found[0]!r} in transposed" if candidate.batched else ""
 
 
-def set_blocks(candidates: list[Candidate], blocks: Mapping[str, int | Sequence[int]]) -> None:
-    """Divide matrices into row blocks as the user asks."""
+def set_blocks(candidates: list[Candidate], blocks: Blocks, known: Mapping[str, Fused]) -> None:
+    """Divide matrices into row blocks as the user asks.
+
+    Args:
+        candidates: All parameters.
+        blocks: "auto" or "heads" for all matrices, or from globs to that, to numbers of blocks or to their rows.
+        known: By name, what is known of the rows of fused matrices.
+    """
+    if isinstance(blocks, str):
+        by_head = _by_head(blocks, "blocks")
+        for candidate in candidates:
+            if candidate.name in known and candidate.blocks == 1:
+                _divide(candidate, known[candidate.name], by_head)
+        return
     for candidate, globs in _match("blocks", blocks, candidates):
         if len(globs) > 1:
             raise ValueError(f"Expected one glob in blocks for {candidate.name}, but got {' and '.join(globs)}.")
@@ -87,6 +106,16 @@ def set_blocks(candidates: list[Candidate], blocks: Mapping[str, int | Sequence[
                 f"({candidate.adamw}). Narrow the glob, or name the parameter in orthogonalize."
             )
         asked, rows = blocks[globs[0]], candidate.rows
+        if isinstance(asked, str):
+            by_head, fused = _by_head(asked, f"blocks of {globs[0]!r}"), known.get(candidate.name)
+            if fused is None or blocks_of(fused, by_head) == 1:
+                raise ValueError(
+                    f"Expected blocks={asked!r} to match matrices whose parts are known, but of {candidate.name} "
+                    f"{candidate.shape} no {'heads are' if by_head else 'parts are'} known. Give the number of its "
+                    "blocks, or their rows."
+                )
+            _divide(candidate, fused, by_head)
+            continue
         equal = [rows // asked] * asked if isinstance(asked, int) and 1 <= asked <= rows else []
         sizes = equal if isinstance(asked, int) else list(asked)
         if sum(sizes) != rows or min(sizes, default=0) < 1:
@@ -95,3 +124,16 @@ def set_blocks(candidates: list[Candidate], blocks: Mapping[str, int | Sequence[
                 f"counts that add up to them. Got {asked}."
             )
         candidate.blocks = asked if isinstance(asked, int) else sizes if len(sizes) > 1 else 1
+
+
+def _by_head(asked: str, where: str) -> bool:
+    if asked not in ("auto", "heads"):
+        raise ValueError(f"Expected {where} to be 'auto', 'heads', or numbers. Got {asked!r}.")
+    return asked == "heads"
+
+
+def _divide(candidate: Candidate, fused: Fused, by_head: bool) -> None:
+    candidate.blocks = blocks_of(fused, by_head)
+    if candidate.blocks != 1:
+        count = candidate.blocks if isinstance(candidate.blocks, int) else len(candidate.blocks)
+        candidate.notes.append(f"{count} blocks: {'heads' if by_head and fused.head else fused.parts}")

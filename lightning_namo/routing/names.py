@@ -1,7 +1,8 @@
-"""Names of parameters: without what wrappers add to them, and with the class of their module for messages."""
+"""Names of parameters: their words, without what wrappers add to them, and with the class of their module."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -15,6 +16,13 @@ _DATA_PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 _WRAPPED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 _WRAPPED |= {"_forward_module", "_original_module"}
+
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+[a-z]*")
+
+
+def words(name: str) -> list[str]:
+    """The words of a name, in lower case: of LayerNormMLP layer, norm, mlp; of rel_pos_h rel, pos, h."""
+    return [word.lower() for word in _WORD.findall(name.replace("MoE", "Moe"))]
 
 
 def clean_name(name: str) -> str:

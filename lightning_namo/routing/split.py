@@ -2,30 +2,28 @@
 
 Muon and its kin orthogonalize the update of a hidden weight matrix. Embeddings, output heads, norms, biases
 and scalars are not hidden matrices and take AdamW. `split_parameters` decides by identity and by module rather
-than by name, keeps the reason of each decision, and lets globs overrule it.
+than by name, keeps the reason of each decision and how sure it is, and lets globs overrule it.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from lightning_namo.routing.globs import overrule, set_batches, set_blocks
-from lightning_namo.routing.names import walk
-from lightning_namo.routing.reasons import (
-    Candidate,
-    Use,
-    adamw_reason,
-    declared_heads,
-    find_batch,
-    head_by_width,
-    times,
-)
+from lightning_namo.routing.batches import find_batch
+from lightning_namo.routing.candidates import Candidate, Reason, Side, Use, times
+from lightning_namo.routing.fused import adapter_blocks, find_fused, possible
+from lightning_namo.routing.globs import Blocks, overrule, set_batches, set_blocks
+from lightning_namo.routing.heads import find_heads, judge_last
+from lightning_namo.routing.layers import EMBEDDINGS, Tree
+from lightning_namo.routing.reasons import decide, first_layer, is_depthwise, is_weight
 from lightning_namo.sharding.batch import Box
 from lightning_namo.sharding.discovery import find_regions, reshard
 from lightning_namo.sharding.layout import ShardRegion
@@ -62,16 +60,30 @@ class ParameterGroups(list[dict[str, Any]]):
         self.module = weakref.ref(module)
 
     def __str__(self) -> str:
-        cells = [("name", "shape", "group", "reason")]
-        cells += [(r.name, times(r.shape) or "scalar", r.group, r.reason) for r in self.routes]
-        widths = [max(len(row[column]) for row in cells) for column in range(3)]
-        table = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in cells]
+        cells = [("name", "shape", "group", "confidence", "reason")]
+        cells += [(r.name, times(r.shape) or "scalar", r.group, r.confidence, r.reason) for r in self.routes]
+        widths = [max(len(row[column]) for row in cells) for column in range(4)]
+        table = ["  ".join([*map(str.ljust, row[:4], widths), row[4]]) for row in cells]
+        return "\n".join([*table, *self.summary])
+
+    @property
+    def summary(self) -> list[str]:
+        """Lines: how many parameters went where, and which of them a reader should check."""
         sizes: dict[str, list[int]] = {"matrices": [], "AdamW": [], "frozen": []}
         for route in self.routes:
             part = {"adamw": "AdamW", "frozen": "frozen"}.get(route.group, "matrices")
             sizes[part].append(math.prod(route.shape))
         counts = [f"{len(found)} {part} ({sum(found):,} elements)" for part, found in sizes.items()]
-        return "\n".join([*table, f"{len(self.routes)} parameters: {', '.join(counts)}"])
+        lines = [f"{len(self.routes)} parameters: {', '.join(counts)}"]
+        doubtful = [route.name for route in self.routes if route.confidence == "please check"]
+        if doubtful:
+            more = f" and {len(doubtful) - 20} more" if len(doubtful) > 20 else ""
+            lines.append(f"Please check {len(doubtful)} of them: {', '.join(doubtful[:20])}{more}.")
+        return lines
+
+    def to_json(self) -> str:
+        """The routes as JSON: a list with name, shape, group, confidence and reason of every parameter."""
+        return json.dumps([route._asdict() for route in self.routes], indent=2)
 
 
 def split_parameters(
@@ -79,32 +91,39 @@ def split_parameters(
     *,
     adamw: str | Iterable[str] = (),
     orthogonalize: str | Iterable[str] = (),
-    blocks: Mapping[str, int | Sequence[int]] | None = None,
+    blocks: Blocks | None = None,
     batched: str | Iterable[str] = (),
     transposed: str | Iterable[str] = (),
     matrix: str | Iterable[str] = (),
+    heads: Side = "adamw",
+    first_layers: Side = "adamw",
 ) -> ParameterGroups:
     """Split a module's parameters into hidden matrices, to be orthogonalized, and the rest, for AdamW.
 
-    AdamW takes embeddings; output heads (tied to an embedding, returned by Hugging Face's
-    ``get_output_embeddings()``, or the last Linear as wide as an embedding's vocabulary); norms; biases,
-    vectors and scalars, also with dimensions of size 1 (class tokens, LayerScale); bare parameters called
-    "...embed...", "emb" or "pos" (position tables); depthwise convolutions; complex parameters. Everything else of two
-    or more dimensions is a matrix, flattened from dimension 1, but for batches of them: a bare parameter of three
-    dimensions (experts: along the first, in the orientation that transformers' classes declare, else with output
-    features as rows), and a grouped convolution, a matrix for each group. Frozen parameters are in no group. Globs
-    (`fnmatch`, case-sensitive) see all names of a parameter, cleaned of ``_orig_mod.``, ``_fsdp_wrapped_module.`` and
-    the like.
+    AdamW takes embeddings; output heads (tied to an embedding, returned by Hugging Face's ``get_output_embeddings()``,
+    called so at the top of a model, or the last Linear, which nothing follows); norms; biases, vectors and scalars,
+    also with dimensions of size 1; routers of experts; first layers (patch embeddings, stems of convolutions); what
+    state-space models keep beside matrices (A, D, dt); depthwise convolutions; complex parameters; and bare parameters
+    that are called as position tables, tokens, codebooks, latents, prompts, scales and coefficients are.
+    Everything else of two or more dimensions is a matrix, flattened from dimension 1, but for batches of them: a bare
+    parameter of three dimensions (experts: along the first, in the orientation that transformers' classes declare, else
+    with output features as rows), a grouped convolution, a matrix for each group, and adapters of experts or of fused
+    projections. Frozen parameters are in no group. Globs (`fnmatch`, case-sensitive) see all names of a parameter,
+    cleaned of ``_orig_mod.``, ``_fsdp_wrapped_module.`` and the like. docs/routing.md has the families one by one.
 
     Args:
         module: The module, before or after a strategy has sharded or wrapped it.
         adamw: Globs of parameters that take AdamW whatever the routing says; a string is one glob.
         orthogonalize: Globs of parameters to orthogonalize whatever the routing says.
         blocks: Glob -> how the rows (output features) of a parameter divide into matrices of their own, as in
-            fused q/k/v: a number of equal blocks, or the row count of each block in order.
+            fused q/k/v: a number of equal blocks, the row count of each block in order, or "auto": as its module has
+            them, or "heads": q, k and v by attention heads. One of these two words alone: all matrices so, as far as
+            it is known.
         batched: Globs of parameters that are batches of matrices along their first dimension, such as experts.
         transposed: Globs of parameters that are stored with input features as rows; so are the matrices of a batch.
         matrix: Globs of parameters that are one matrix, flattened from dimension 1, and no batch.
+        heads: "matrix": output heads that are not tied to an embedding are matrices, too.
+        first_layers: "matrix": patch embeddings and stems are matrices, too.
 
     Returns:
         The groups, ready for ``torch.optim.Optimizer``, those of matrices first.
@@ -119,44 +138,91 @@ def split_parameters(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected a module, whose parameters are split by what they are, but got {module!r:.80}.")
+    for key, side in (("heads", heads), ("first_layers", first_layers)):
+        if side not in ("adamw", "matrix"):
+            raise ValueError(f"Expected {key} to be 'adamw' or 'matrix'. Got {side!r}.")
     reshard(module)
     regions = find_regions(module)
-    candidates = _find_candidates(module, regions)
-    heads = {*declared_heads(module), *head_by_width(module)}
-    for candidate in candidates:
-        candidate.adamw = adamw_reason(candidate, heads)
-        if candidate.adamw is None:
-            find_batch(candidate)
+    tree = Tree(module)
+    candidates = _find_candidates(tree, regions)
+    _judge(tree, candidates, heads, first_layers)
     overrule(candidates, adamw, orthogonalize)
+    matrices = [candidate for candidate in candidates if candidate.is_matrix]
+    for candidate in matrices:
+        if not is_depthwise(candidate):
+            find_batch(candidate, tree)
     set_batches(candidates, batched, transposed, matrix)
-    set_blocks(candidates, blocks or {})
-    if not any(candidate.adamw is None and candidate.parameter.requires_grad for candidate in candidates):
-        listed = [f"{candidate.name} ({candidate.route.reason})" for candidate in candidates]
-        more = f" and {len(listed) - 20} more" if len(listed) > 20 else ""
-        raise ValueError(
-            f"Expected a trainable matrix to orthogonalize in {type(module).__name__}, but got "
-            f"{', '.join(listed[:20]) or 'no parameters'}{more}. Name matrices with "
-            "orthogonalize=('glob', ...), or use torch.optim.AdamW."
-        )
+    for candidate in matrices:
+        candidate.blocks = adapter_blocks(candidate)
+    fused = {candidate.name: find_fused(candidate, tree) for candidate in matrices}
+    set_blocks(candidates, blocks or {}, fused)
+    for candidate in matrices:
+        if candidate.blocks == 1 and (words := possible(fused[candidate.name])) is not None:
+            candidate.notes.append(words)
+    if not any(candidate.is_matrix and candidate.parameter.requires_grad for candidate in candidates):
+        raise ValueError(_nothing(module, candidates))
     return ParameterGroups(module, candidates, regions)
+
+
+def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: Side) -> None:
+    """Decide on every parameter; on heads and first layers as the user says."""
+    of_heads = find_heads(tree, candidates)
+    for candidate in candidates:
+        decide(candidate, tree)
+        if candidate.is_matrix and candidate.parameter in of_heads:
+            _send(candidate, of_heads[candidate.parameter], heads)
+        if candidate.is_matrix and is_depthwise(candidate):
+            candidate.adamw = "depthwise convolution"
+    layers = [c for c in candidates if is_weight(c.uses[0]) or any(isinstance(u.owner, EMBEDDINGS) for u in c.uses)]
+    for candidate in candidates:
+        is_first = bool(layers) and candidate.uses[0].owner is layers[0].uses[0].owner
+        words = first_layer(candidate, tree, is_first) if candidate.is_matrix else None
+        if words is not None:
+            _send(candidate, Reason(words, "assumed"), first_layers)
+    last, doubt = judge_last(tree, candidates)
+    for candidate in last:
+        if doubt is None:
+            _send(candidate, Reason("output head, the last Linear, which nothing follows", "assumed"), heads)
+        elif "output head" not in ", ".join(candidate.notes):
+            _send(candidate, Reason(doubt, "please check"), "matrix")
+
+
+def _send(candidate: Candidate, reason: Reason, side: Side) -> None:
+    """Send a matrix of some role to AdamW, or leave it a matrix and say what it is; a doubtful one stays a matrix."""
+    candidate.confidence = reason.confidence
+    if side == "matrix" or reason.confidence == "please check":
+        candidate.notes.append(reason.words)
+    else:
+        candidate.adamw = reason.words
+
+
+def _nothing(module: nn.Module, candidates: list[Candidate]) -> str:
+    """The message of a module without a trainable matrix: what it has, and what to do."""
+    found = Counter(c.glob or c.adamw or "matrix" for c in candidates if c.parameter.requires_grad)
+    kinds = ", ".join(f"{count} {words}" for words, count in found.most_common(6))
+    more = f" and {len(found) - 6} kinds more" if len(found) > 6 else ""
+    frozen = sum(not candidate.parameter.requires_grad for candidate in candidates)
+    return (
+        f"Expected a trainable matrix in {type(module).__name__}. Got {kinds or 'no trainable parameter'}{more}"
+        f"{f', {frozen} frozen' if frozen else ''}. Use AdamW: build_optimizer has nothing to orthogonalize. Or name "
+        "matrices with orthogonalize=('glob', ...)."
+    )
 
 
 _Regions = dict[nn.Parameter, tuple[tuple[int, ...], ShardRegion | Box]]
 
 
-def _find_candidates(module: nn.Module, regions: _Regions) -> list[Candidate]:
+def _find_candidates(tree: Tree, regions: _Regions) -> list[Candidate]:
     """One candidate per parameter, in the order of the module, with all its uses."""
-    modules = list(walk(module))
-    at = dict(modules)  # where modules share a cleaned path: the innermost
     candidates: dict[nn.Parameter, Candidate] = {}
-    for path, owner in modules:
+    for path, owner in tree.all:
         for label, parameter in owner.named_parameters(recurse=False, remove_duplicate=False):
-            use = Use(".".join([*path, label]), label, owner)
+            use = Use(".".join([*path, label]), label, owner, path)
             if isinstance(owner, ParametrizationList):  # its path is (..., layer, "parametrizations", tensor)
                 tensor = path[-1] if label == "original" else f"{path[-1]}.{label}"
-                use = Use(use.name, tensor, at[path[:-2]])
-            elif isinstance(owner, nn.ParameterList | nn.ParameterDict):
-                use = use._replace(label=".".join([*path[-1:], label]))
+                use = Use(use.name, tensor, tree.modules[path[:-2]], path[:-2])
+            elif isinstance(owner, nn.ParameterList | nn.ParameterDict):  # of the module around it
+                use = Use(use.name, ".".join([*path[-1:], label]), tree.modules[path[:-1]], path[:-1])
             candidate = candidates.setdefault(parameter, Candidate(parameter, regions[parameter][0], []))
             if all(use.name != other.name for other in candidate.uses):
                 candidate.uses.append(use)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_namo.routing.reasons import Route
+from lightning_namo.routing.candidates import Route
 from lightning_namo.routing.split import split_parameters
 from tests.helpers.zoo import GPT, ZOO, ViT, compiled, gpt2, groups_of, reasons_of
 

@@ -1,0 +1,125 @@
+"""Output heads, by role: tied, declared, called so at the top of a model, or the last Linear, which nothing follows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from lightning_namo.routing.candidates import Candidate, Confidence, Reason
+from lightning_namo.routing.layers import CONVS, EMBEDDINGS, Tree, is_linear, is_lora, is_norm
+from lightning_namo.routing.names import words
+from lightning_namo.routing.reasons import is_weight
+
+_SURE = {"lm_head", "classifier", "score", "qa_outputs"}
+_WHOLE = {*_SURE, "seq_relationship", "class_embed", "logits_proj", "logits_dense"}
+_LAST_WORDS = {"head", "heads", "classifier", "classifiers", "score", "scores", "logits"}
+_NOT = {"pre", "pool", "pooler", "pooling", "multi", "attention", "attn"}  # pre_classifier, pooling heads
+_OUTPUTS = ({"head", "classifier", "logits", "decoder"}, {"out", "output", "final"})  # of a head's layers, these first
+_VISION = {"torchvision", "timm"}  # whose models call their head fc
+_BODY = {"pool", "pooler", "pooling", "projection", "projector", "connector", "merger", "adapter"}
+
+
+def find_heads(tree: Tree, candidates: list[Candidate]) -> dict[nn.Parameter, Reason]:
+    """The weights of output heads that are declared, or called so outside of blocks, with the reason for each.
+
+    One that is called so, but as wide as the model, may well be hidden: "please check".
+    """
+    heads: dict[nn.Parameter, Reason] = {}
+    paths = {module: path for path, module in tree.modules.items()}
+    for head, cls in _declared(tree.root):
+        if head in paths:
+            heads |= dict.fromkeys(_output(paths[head], tree), Reason(f"output head, declared by {cls}"))
+    back = _leading_back(tree, candidates)
+    named: list[tuple[str, ...]] = []
+    for path, module in tree.modules.items():
+        if any(path[: len(outer)] == outer for outer in named) or not _is_called_head(path, tree):
+            continue
+        named.append(path)
+        called = path[-1]
+        is_several = isinstance(module, nn.ModuleList | nn.ModuleDict)
+        for unit in [(*path, name) for name in tree.children(path)] if is_several else [path]:
+            for parameter in _output(unit, tree):
+                doubt = called not in _SURE | {"head"} and "head" in words(called) and parameter in back
+                how: Confidence = "sure" if called in _SURE else "please check" if doubt else "assumed"
+                but = ", but as wide as the model" if doubt else ""
+                heads.setdefault(parameter, Reason(f"output head, called {called}{but}", how))
+    return heads
+
+
+def _leading_back(tree: Tree, candidates: list[Candidate]) -> set[nn.Parameter]:
+    """Weights as wide as what embeddings give or norms take, and not much narrower than what they read."""
+    widths = {module.embedding_dim for module in tree.modules.values() if isinstance(module, EMBEDDINGS)}
+    widths |= {c.shape[0] for c in candidates for use in c.uses if is_norm(use.owner) and len(c.shape) == 1}
+    matrices = (candidate for candidate in candidates if len(candidate.shape) > 1)
+    return {c.parameter for c in matrices if c.rows in widths and 8 * c.rows >= max(c.stored)}
+
+
+def _declared(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """What any submodule returns as its output embeddings (Hugging Face), and the class that does."""
+    for submodule in root.modules():
+        getter = getattr(type(submodule), "get_output_embeddings", None)
+        if getter is None:
+            continue
+        try:
+            head = getter(submodule)
+        except (AttributeError, NotImplementedError):  # base classes offer it to models that have no head
+            continue
+        if isinstance(head, nn.Module):
+            yield head, type(submodule).__name__
+
+
+def _is_called_head(path: tuple[str, ...], tree: Tree) -> bool:
+    """Whether a module is called what heads are called, and is in none of several like blocks."""
+    if not path or is_lora(path, ""):
+        return False
+    named = [word for word in words(path[-1]) if not word.isdigit()]
+    module, parent = tree.modules[path], tree.modules[path[:-1]]
+    is_fc = path[-1] == "fc" and type(parent).__module__.partition(".")[0] in _VISION
+    is_named = path[-1] in _WHOLE or not _LAST_WORDS.isdisjoint(named[-1:]) or is_fc
+    return is_named and _NOT.isdisjoint([*named, *words(type(module).__name__)]) and not tree.in_block(path)
+
+
+def _output(path: tuple[str, ...], tree: Tree) -> list[nn.Parameter]:
+    """The weights of a head's output layer; its other layers are hidden, and all are if a norm follows them."""
+    inside = tree.inside(path)
+    layers = [(at, module) for at, module in inside if _maps(at, tree) and not tree.in_block(at, len(path))]
+    if not layers:
+        return [p for label, p in tree.modules[path].named_parameters(recurse=False) if label == "weight"]
+    if is_norm([module for _, module in inside if next(module.parameters(recurse=False), None) is not None][-1]):
+        return []
+    called = [[module for at, module in layers if at != path and said & {*words(at[-1])}] for said in _OUTPUTS]
+    outputs = next(filter(None, called), [module for _, module in layers])
+    return list(outputs[-1].parameters())
+
+
+def _maps(path: tuple[str, ...], tree: Tree) -> bool:
+    """Whether a module is a Linear or a convolution that may be a head's."""
+    module, parent = tree.modules[path], tree.modules[path[:-1]]
+    is_part = isinstance(parent, nn.MultiheadAttention) or is_lora(path, "")
+    return (is_linear(module) or isinstance(module, CONVS)) and not is_part
+
+
+def judge_last(tree: Tree, candidates: list[Candidate]) -> tuple[list[Candidate], str | None]:
+    """The weights of the last layer, where it is a Linear outside of blocks that follows a matrix.
+
+    Returns:
+        Them, and what speaks against their being an output head; None: nothing does.
+    """
+    uses = [(use, candidate) for candidate in candidates for use in candidate.uses]
+    order = {path: place for place, (path, _) in enumerate(tree.all)}
+    last = max((use for use, _ in uses), key=lambda use: order[use.path], default=None)
+    if last is None or not _maps(last.path, tree) or tree.in_block(last.path):
+        return [], None
+    found = [c for use, c in uses if use.path == last.path and is_weight(use) and c.is_matrix and len(c.uses) == 1]
+    if not any(candidate.is_matrix and candidate not in found for candidate in candidates):
+        return [], None  # the only matrix has no body before it
+    if isinstance(last.owner, CONVS):
+        return found, "the last layer, a convolution: an output?"
+    vocabularies = {module.num_embeddings for module in tree.modules.values() if isinstance(module, EMBEDDINGS)}
+    called = {word for part in last.path[-3:] for word in words(part)} & _BODY
+    back = _leading_back(tree, candidates)
+    if any(c.parameter in back or (called and c.rows not in vocabularies) for c in found):
+        because = f"called {min(called)}" if called else "as wide as the model"
+        return found, f"the last layer, but {because}: an output?"
+    return found, None
