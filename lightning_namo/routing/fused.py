@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lightning_namo.routing.candidates import Candidate, Use
-from lightning_namo.routing.layers import Tree, class_words, is_layer, role_path
+from lightning_namo.routing.layers import Tree, class_words, is_layer, is_lora, role_path
+from lightning_namo.routing.names import words
 
 _QKV = {"c_attn", "qkv", "to_qkv", "qkv_proj", "wqkv", "in_proj_qkv", "in_proj_weight"}
 _INTERLEAVED = {"query_key_value"}  # q, k and v of one head after those of another, as in BLOOM, GPT-NeoX, Falcon
@@ -42,7 +43,8 @@ def find_fused(candidate: Candidate, tree: Tree) -> Fused:
     """How the rows of a matrix divide into matrices of their own, by its class, its name and its module's sizes."""
     use, rows = candidate.uses[0], candidate.rows
     nothing = Fused([rows])
-    if candidate.batched or not is_layer(use.owner):
+    is_lora_a = is_lora(use.path, use.label) and not any("b" in words(part) for part in use.path[-2:])
+    if candidate.batched or not is_layer(use.owner) or is_lora_a:
         return nothing
     if isinstance(use.owner, nn.RNNBase | nn.RNNCellBase):
         gates = 4 if isinstance(use.owner, nn.LSTM | nn.LSTMCell) else 3 if "GRU" in type(use.owner).__name__ else 1

@@ -123,3 +123,20 @@ def judge_last(tree: Tree, candidates: list[Candidate]) -> tuple[list[Candidate]
         because = f"called {min(called)}" if called else "as wide as the model"
         return found, f"the last layer, but {because}: an output?"
     return found, None
+
+
+def as_wide_as_tables(tree: Tree, candidates: list[Candidate]) -> list[Candidate]:
+    """Matrices of Linears outside of blocks that are as wide as an embedding is long, and that no later Linear reads.
+
+    That may be chance (two labels, two types of tokens) or an output head of another name than heads have.
+    """
+    vocabularies = {module.num_embeddings for module in tree.modules.values() if isinstance(module, EMBEDDINGS)}
+    linears = [c for c in candidates if is_weight(c.uses[0]) and is_linear(c.uses[0].owner)]
+    back, found, read = _leading_back(tree, candidates), [], set[int]()
+    for candidate in reversed(linears):
+        path = candidate.uses[0].path
+        is_wide = candidate.rows in vocabularies and candidate.rows not in read and candidate.parameter not in back
+        if is_wide and candidate.is_matrix and not tree.in_block(path) and not is_lora(path, ""):
+            found.append(candidate)
+        read.add(candidate.stored[1 - candidate.transposed])
+    return found

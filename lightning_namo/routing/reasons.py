@@ -122,6 +122,8 @@ def _by_name(use: Use, shape: tuple[int, ...], tree: Tree) -> str | None:
         return "state-space D"
     if of_class & {"prompt", "prompter"}:
         return "prompt"
+    if {"oft", "boft"} & of_class.union(named):  # peft's
+        return "rotations"
     if "loss" in of_class:
         return "output head, of a loss"
     if re.search(r"(^|_)lambda(_|\d|$)", label):

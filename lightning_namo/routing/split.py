@@ -21,7 +21,7 @@ from lightning_namo.routing.batches import find_batch
 from lightning_namo.routing.candidates import Candidate, Reason, Side, Use, times
 from lightning_namo.routing.fused import adapter_blocks, find_fused, possible
 from lightning_namo.routing.globs import Blocks, overrule, set_batches, set_blocks
-from lightning_namo.routing.heads import find_heads, judge_last
+from lightning_namo.routing.heads import as_wide_as_tables, find_heads, judge_last
 from lightning_namo.routing.layers import EMBEDDINGS, Tree
 from lightning_namo.routing.reasons import decide, first_layer, is_depthwise, is_weight
 from lightning_namo.sharding.batch import Box
@@ -174,9 +174,9 @@ def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: S
         if candidate.is_matrix and is_depthwise(candidate):
             candidate.adamw = "depthwise convolution"
     layers = [c for c in candidates if is_weight(c.uses[0]) or any(isinstance(u.owner, EMBEDDINGS) for u in c.uses)]
-    for candidate in candidates:
-        is_first = bool(layers) and candidate.uses[0].owner is layers[0].uses[0].owner
-        words = first_layer(candidate, tree, is_first) if candidate.is_matrix else None
+    matrices = [candidate for candidate in candidates if candidate.is_matrix]
+    first = {c: first_layer(c, tree, c.uses[0].owner is layers[0].uses[0].owner) for c in matrices if layers}
+    for candidate, words in first.items() if None in first.values() else ():  # else there is no body after them
         if words is not None:
             _send(candidate, Reason(words, "assumed"), first_layers)
     last, doubt = judge_last(tree, candidates)
@@ -184,7 +184,10 @@ def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: S
         if doubt is None:
             _send(candidate, Reason("output head, the last Linear, which nothing follows", "assumed"), heads)
         elif "output head" not in ", ".join(candidate.notes):
-            _send(candidate, Reason(doubt, "please check"), "matrix")
+            _send(candidate, Reason(doubt, "please check"), heads)
+    for candidate in as_wide_as_tables(tree, candidates):
+        if not candidate.notes:
+            _send(candidate, Reason("as wide as an embedding is long: an output?", "please check"), heads)
 
 
 def _send(candidate: Candidate, reason: Reason, side: Side) -> None:
@@ -198,14 +201,17 @@ def _send(candidate: Candidate, reason: Reason, side: Side) -> None:
 
 def _nothing(module: nn.Module, candidates: list[Candidate]) -> str:
     """The message of a module without a trainable matrix: what it has, and what to do."""
-    found = Counter(c.glob or c.adamw or "matrix" for c in candidates if c.parameter.requires_grad)
+    trained = [candidate for candidate in candidates if candidate.parameter.requires_grad]
+    frozen = len(candidates) - len(trained)
+    has_head = any(len(c.shape) > 1 and str(c.adamw).startswith("output head") for c in trained)
+    head = "heads='matrix' takes the output head, too, as where frozen layers are trained later. " if has_head else ""
+    found = Counter(str(candidate.glob or candidate.adamw) for candidate in trained)
     kinds = ", ".join(f"{count} {words}" for words, count in found.most_common(6))
     more = f" and {len(found) - 6} kinds more" if len(found) > 6 else ""
-    frozen = sum(not candidate.parameter.requires_grad for candidate in candidates)
     return (
         f"Expected a trainable matrix in {type(module).__name__}. Got {kinds or 'no trainable parameter'}{more}"
-        f"{f', {frozen} frozen' if frozen else ''}. Use AdamW: build_optimizer has nothing to orthogonalize. Or name "
-        "matrices with orthogonalize=('glob', ...)."
+        f"{f', {frozen} frozen' if frozen else ''}. Use AdamW: build_optimizer has nothing to orthogonalize. {head}Or "
+        "name matrices with orthogonalize=('glob', ...)."
     )
 
 

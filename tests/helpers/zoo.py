@@ -54,6 +54,7 @@ class ViT(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 8))
+        self.register_tokens = nn.Parameter(torch.zeros(1, 4, 8))
         self.pos_embed = nn.Parameter(torch.zeros(1, 17, 8))
         self.logit_scale = nn.Parameter(torch.tensor(1.0))
         self.patch = nn.Conv2d(3, 8, 4, 4)
@@ -99,7 +100,7 @@ def weight_normed() -> nn.Module:
 
 
 def frozen_backbone() -> nn.Module:
-    model = nn.ModuleDict({"backbone": GPT(), "head": nn.Linear(8, 3)})
+    model = nn.ModuleDict({"backbone": GPT(), "hidden": nn.Linear(8, 8), "head": nn.Linear(8, 3)})
     model["backbone"].requires_grad_(False)
     return model
 

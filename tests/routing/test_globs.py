@@ -15,10 +15,10 @@ from tests.helpers.zoo import GPT, ZOO, ViT, compiled, gpt2, groups_of, reasons_
 def test_globs_overrule_the_routing_in_both_directions() -> None:
     groups = split_parameters(ViT(), adamw=("mix", "patch.*"), orthogonalize="pos_embed")
     routes = {route.name: route for route in groups.routes}
-    assert routes["mix"] == Route("mix", (8, 8), "adamw", "glob 'mix' in adamw")
+    assert routes["mix"] == Route("mix", (8, 8), "adamw", "sure", "glob 'mix' in adamw")
     assert routes["patch.bias"].reason == "glob 'patch.*' in adamw"
-    assert routes["pos_embed"].group == "matrices"
-    assert routes["pos_embed"].reason == "glob 'pos_embed' in orthogonalize, flattened to 1 x 136"
+    assert routes["pos_embed"].group == "matrices_batched"
+    assert routes["pos_embed"].reason.startswith("glob 'pos_embed' in orthogonalize, 1 matrices 17 x 8, ")
 
 
 def test_a_single_string_is_one_glob() -> None:

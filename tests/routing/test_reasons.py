@@ -1,10 +1,9 @@
 """Why a parameter takes AdamW, or is a matrix: by identity and by module."""
 
-import pytest
 from torch import nn
 
 from lightning_namo.routing.split import split_parameters
-from tests.helpers.zoo import GPT, ZOO, ViT, cnn, gpt2, groups_of, keys_of, llama, reasons_of, weight_normed
+from tests.helpers.zoo import GPT, ZOO, ViT, cnn, gpt2, groups_of, keys_of, reasons_of, weight_normed
 
 
 def test_gpt_with_tied_head_routes_the_shared_weight_once_as_an_embedding() -> None:
@@ -20,7 +19,7 @@ def test_gpt_with_tied_head_routes_the_shared_weight_once_as_an_embedding() -> N
     assert reasons["wte.weight"] == "embedding, tied to lm_head.weight"
     assert "lm_head.weight" not in reasons
     assert (reasons["wpe.weight"], reasons["ln_f.weight"]) == ("embedding", "norm")
-    assert (reasons["blocks.0.qkv.weight"], reasons["blocks.0.qkv.bias"]) == ("matrix", "bias")
+    assert (reasons["blocks.0.proj.weight"], reasons["blocks.0.qkv.bias"]) == ("matrix", "bias")
 
 
 def test_a_head_that_comes_before_its_embedding_is_still_tied() -> None:
@@ -36,40 +35,6 @@ def test_a_bare_parameter_tied_to_an_embedding_is_an_output_head() -> None:
     assert reasons_of(split_parameters(model))["decoder"] == "output head, tied to table.weight"
 
 
-@pytest.mark.parametrize(("vocabulary", "width", "positions"), [(64, 8, 16), (8, 8, 8), (32, 8, 8), (16, 16, 4)])
-def test_an_untied_head_is_found_by_its_width(vocabulary: int, width: int, positions: int) -> None:
-    groups = split_parameters(GPT("untied", vocabulary, width, positions))
-    heads = [route.name for route in groups.routes if route.reason == "output head"]
-    assert heads == ["lm_head.weight"]
-    assert len(groups[0]["params"]) == 8
-
-
-@pytest.mark.parametrize(("vocabulary", "width", "positions"), [(64, 8, 16), (64, 8, 8), (32, 8, 8), (8, 8, 8)])
-def test_no_hidden_layer_is_taken_for_the_head_of_a_model_without_one(
-    vocabulary: int, width: int, positions: int
-) -> None:
-    groups = split_parameters(GPT(None, vocabulary, width, positions))
-    assert len(groups[0]["params"]) == 8
-
-
-def test_a_hidden_layer_as_wide_as_the_vocabulary_is_a_matrix_before_the_head() -> None:
-    model = nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, 32), nn.Linear(32, 8), nn.Linear(8, 32))
-    groups = groups_of(split_parameters(model))
-    assert [groups[f"{i}.weight"] for i in range(4)] == ["adamw", "matrices", "matrices", "adamw"]
-
-
-def test_a_hidden_layer_as_wide_as_the_vocabulary_is_a_matrix_before_a_classifier() -> None:
-    model = nn.Sequential(nn.EmbeddingBag(32, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 10))
-    groups = groups_of(split_parameters(model))
-    assert [groups[f"{i}.weight"] for i in (0, 1, 3)] == ["adamw", "matrices", "matrices"]
-
-
-def test_a_value_head_after_the_output_head_does_not_hide_it() -> None:
-    model = nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, 8), nn.Linear(8, 32), nn.Linear(8, 1))
-    groups = groups_of(split_parameters(model))
-    assert [groups[f"{i}.weight"] for i in range(4)] == ["adamw", "matrices", "adamw", "matrices"]
-
-
 def test_hugging_face_gpt2_stores_its_matrices_transposed() -> None:
     groups = split_parameters(gpt2())
     assert [group["name"] for group in groups] == ["matrices_transposed", "adamw"]
@@ -82,43 +47,18 @@ def test_hugging_face_gpt2_stores_its_matrices_transposed() -> None:
     ]
     reasons = reasons_of(groups)
     assert reasons["transformer.wte.weight"] == "embedding, tied to lm_head.weight"
-    assert reasons["transformer.h.0.attn.c_attn.weight"] == "matrix, stored transposed"
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_hugging_face_llama_head_is_declared_and_its_norms_are_norms(tied: bool) -> None:
-    groups = split_parameters(llama(tied))
-    reasons = reasons_of(groups)
-    assert sum(reason == "matrix" for reason in reasons.values()) == 7
-    assert reasons["model.norm.weight"] == reasons["model.layers.0.input_layernorm.weight"] == "norm"
-    assert reasons.get("lm_head.weight") == (None if tied else "output head")
-
-
-class DeclaresHead(nn.Module):
-    def __init__(self, declares: bool | None) -> None:
-        super().__init__()
-        self.body, self.head, self.declares = nn.Linear(4, 4), nn.Linear(4, 7), declares
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        if self.declares is None:
-            raise NotImplementedError
-        return self.head if self.declares else None
-
-
-@pytest.mark.parametrize(("declares", "group"), [(True, "adamw"), (False, "matrices"), (None, "matrices")])
-def test_a_head_is_one_that_a_submodule_declares(declares: bool | None, group: str) -> None:
-    groups = groups_of(split_parameters(nn.Sequential(DeclaresHead(declares))))
-    assert (groups["0.head.weight"], groups["0.head.bias"]) == (group, "adamw")
+    assert reasons["transformer.h.0.attn.c_proj.weight"] == "matrix, stored transposed"
 
 
 def test_convolutions_are_flattened_and_transposed_ones_say_so() -> None:
     groups = split_parameters(cnn())
     names = {group["name"]: [name for name, _ in group["params"]] for group in groups}
-    assert names["matrices"] == ["one.weight", "two.weight", "three.weight"]
+    assert names["matrices"] == ["two.weight", "three.weight"]
     assert names["matrices_transposed"] == ["up1.weight"]
     assert "up2.weight" in names["matrices_batched_2_transposed"]
     reasons = reasons_of(groups)
     assert reasons["two.weight"] == "matrix, flattened to 6 x 60"
+    assert reasons["one.weight"] == "first layer, a convolution"
     assert reasons["depthwise.weight"] == "depthwise convolution"
     assert reasons["up1.weight"] == "matrix, flattened to 4 x 18, stored transposed"
     assert reasons["bn.weight"] == reasons["gn.bias"] == "norm"
@@ -127,19 +67,21 @@ def test_convolutions_are_flattened_and_transposed_ones_say_so() -> None:
 def test_vision_transformer_tokens_tables_and_scales_take_adamw() -> None:
     groups = split_parameters(ViT())
     reasons = reasons_of(groups)
-    vector = "vector with dimensions of size 1"
-    assert reasons["cls_token"] == reasons["scale.gamma"] == reasons["attn.bias_k"] == vector
-    assert reasons["pos_embed"] == reasons["extra_embeds.0"] == "embedding by its name"
+    assert reasons["cls_token"] == reasons["register_tokens"] == "token"
+    assert (reasons["scale.gamma"], reasons["attn.bias_k"]) == ("layer scale", "bias")
+    assert (reasons["pos_embed"], reasons["extra_embeds.0"]) == ("position table", "embedding by its name")
     assert reasons["logit_scale"] == "scalar"
     assert [name for name, _ in groups[0]["params"]] == [
         "mix",
-        "patch.weight",
         "attn.q_proj_weight",
         "attn.k_proj_weight",
         "attn.v_proj_weight",
         "attn.out_proj.weight",
-        "head.weight",
     ]
+    assert (reasons["patch.weight"], reasons["head.weight"]) == (
+        "first layer, a convolution",
+        "output head, called head",
+    )
 
 
 def test_attention_and_recurrent_weights_are_matrices_even_with_one_input() -> None:

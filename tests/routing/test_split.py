@@ -1,6 +1,7 @@
 """`split_parameters` over a zoo of modules: what holds for all of them, under every strategy, and the table."""
 
 import io
+import json
 import math
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_namo.routing.split import split_parameters
-from tests.helpers.zoo import GPT, ZOO, frozen_backbone, keys_of, reasons_of, shared
+from tests.helpers.zoo import GPT, ZOO, ViT, frozen_backbone, keys_of, reasons_of, shared
 
 
 @pytest.mark.parametrize("build", ZOO.values(), ids=ZOO)
@@ -71,7 +72,8 @@ def test_groups_are_taken_by_a_torch_optimizer_with_their_names(build: Callable[
 def test_frozen_parameters_are_in_no_group_but_have_templates_to_be_unfrozen_by() -> None:
     model = frozen_backbone()
     groups = split_parameters(model, blocks={"*.qkv.weight": 3})
-    assert [name for group in groups for name, _ in group["params"]] == ["head.weight", "head.bias"]
+    trained = [[name for name, _ in group["params"]] for group in groups]
+    assert trained == [["hidden.weight"], ["hidden.bias", "head.weight", "head.bias"]]
     backbone = model["backbone"]
     assert groups.templates[backbone.wte.weight] == {"name": "adamw", "orthogonalize": False}
     assert groups.templates[backbone.blocks[0].qkv.weight] == {
@@ -119,18 +121,16 @@ def test_routes_are_the_same_under_every_strategy(strategy: str, head: str) -> N
 
 def test_a_module_without_a_matrix_is_refused_with_what_there_is() -> None:
     model = nn.Sequential(nn.Embedding(4, 3), nn.LayerNorm(3))
-    with pytest.raises(ValueError, match=r"in Sequential, but got 0.weight \(embedding\), 1.weight \(norm\)") as error:
+    with pytest.raises(ValueError, match="trainable matrix") as error:
         split_parameters(model)
-    assert "orthogonalize=(" in str(error.value)
-    with pytest.raises(ValueError, match="got no parameters"):
+    assert str(error.value) == (
+        "Expected a trainable matrix in Sequential. Got 2 norm, 1 embedding. Use AdamW: build_optimizer has nothing to "
+        "orthogonalize. Or name matrices with orthogonalize=('glob', ...)."
+    )
+    with pytest.raises(ValueError, match=r"Got no trainable parameter\."):
         split_parameters(nn.ReLU())
-    with pytest.raises(ValueError, match=r"weight \(requires_grad=False; else matrix\)"):
+    with pytest.raises(ValueError, match=r"Got no trainable parameter, 2 frozen\."):
         split_parameters(nn.Linear(3, 3).requires_grad_(False))
-
-
-def test_the_list_of_a_module_without_a_matrix_is_cut() -> None:
-    with pytest.raises(ValueError, match=r"19.weight \(embedding\) and 5 more\."):
-        split_parameters(nn.Sequential(*(nn.Embedding(2, 2) for _ in range(25))))
 
 
 def test_a_lazy_module_asks_for_a_dummy_forward() -> None:
@@ -141,22 +141,47 @@ def test_a_lazy_module_asks_for_a_dummy_forward() -> None:
 def test_the_table_has_a_line_per_parameter_and_counts() -> None:
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.Linear(6, 2, bias=False))
     model[2].requires_grad_(False)
+    last = "output head, the last Linear, which nothing follows"
     assert str(split_parameters(model)) == "\n".join(
         [
-            "name      shape  group     reason",
-            "0.weight  5 x 4  adamw     embedding",
-            "1.weight  6 x 4  matrices  matrix",
-            "1.bias    6      adamw     bias",
-            "2.weight  2 x 6  frozen    requires_grad=False; else matrix",
+            "name      shape  group     confidence  reason",
+            "0.weight  5 x 4  adamw     sure        embedding",
+            "1.weight  6 x 4  matrices  sure        matrix",
+            "1.bias    6      adamw     sure        bias",
+            f"2.weight  2 x 6  frozen    sure        requires_grad=False; else {last}",
             "4 parameters: 1 matrices (24 elements), 2 AdamW (26 elements), 1 frozen (12 elements)",
         ]
     )
+
+
+def test_parameters_of_which_nothing_is_known_are_named_at_the_end_of_the_table() -> None:
+    model = ViT()
+    model.mystery = nn.Parameter(torch.zeros(3, 4))
+    groups = split_parameters(model)
+    table = str(groups).splitlines()
+    row = next(line for line in table if line.startswith("mystery")).split(maxsplit=7)
+    assert row == [
+        *["mystery", "3", "x", "4", "matrices", "please", "check"],
+        "matrix, a bare parameter whose name says nothing",
+    ]
+    assert table[-1] == "Please check 2 of them: mix, mystery."
+    assert json.loads(groups.to_json())[0] == {
+        "name": "cls_token",
+        "shape": [1, 1, 8],
+        "group": "adamw",
+        "confidence": "sure",
+        "reason": "token",
+    }
+    named = split_parameters(model, orthogonalize=["mix", "mystery"])
+    assert [route.confidence for route in named.routes if route.name in ("mix", "mystery")] == ["sure", "sure"]
+    assert "Please check" not in str(named)
 
 
 @pytest.mark.parametrize("build", ZOO.values(), ids=ZOO)
 def test_the_counts_of_the_table_cover_all_elements(build: Callable[[], nn.Module]) -> None:
     module = build()
     lines = str(split_parameters(module)).splitlines()
-    numbers = [int(word.strip("(").replace(",", "")) for word in lines[-1].split() if word.strip("(")[0].isdigit()]
-    assert numbers[0] == numbers[1] + numbers[3] + numbers[5] == len(lines) - 2
+    place = next(place for place, line in enumerate(lines) if " parameters: " in line)
+    numbers = [int(word.strip("(").replace(",", "")) for word in lines[place].split() if word.strip("(")[0].isdigit()]
+    assert numbers[0] == numbers[1] + numbers[3] + numbers[5] == place - 1
     assert numbers[2] + numbers[4] + numbers[6] == sum(math.prod(p.shape) for p in module.parameters())
