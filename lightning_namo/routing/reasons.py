@@ -40,7 +40,7 @@ _NAMES: dict[str, set[str]] = {  # of bare parameters: why not a matrix, and the
 _COEFFICIENTS = _NAMES["coefficients"]
 _ROUTERS, _EXPERTS = {"router", "routers", "routing"}, {"expert", "experts", "moe"}
 _GATE = re.compile(r"^(w_?)?(gate|gating|g|noise|noisy_gate)(_(layer|linear|fn|network|net|w|weight))?$")
-_STATES = {"mamba", "mamba2", "ssm", "ssd", "s4", "s4d", "s5", "s6"}  # words of state-space models' classes
+_STATES = re.compile(r"mamba|ssm|ssd|^s[456]", re.IGNORECASE)  # in names of state-space models' classes
 _STATE_A = re.compile(r"^(a_?logs?|log_a|a_log_bias|log_a_(real|imag)|a_(real|re|imag|im)|(inv|neg)_a_(real|imag))$")
 _WEIGHTS = {"weight", "weights", "kernel", "matrix", "proj", "projection", "w", "up", "down", "gate"}
 _STEMS = {"stem", "stems", "patchify"}
@@ -115,7 +115,8 @@ def _by_name(use: Use, shape: tuple[int, ...], tree: Tree) -> str | None:
     of_class = class_words(use.owner)
     if "dt" in named:
         return "state-space step size (dt)"
-    is_state = bool(of_class & _STATES) or any(_STATE_A.match(s) or "dt" in words(s) for s in siblings)
+    is_state = any(_STATES.search(cls.__name__) for cls in type(use.owner).__mro__)
+    is_state = is_state or any(_STATE_A.match(other) or "dt" in words(other) for other in siblings)
     if _STATE_A.match(label) or (label == "a" and is_state):
         return "state-space A"
     if label in ("d", "ds") and (is_state or "a" in siblings):

@@ -159,11 +159,8 @@ def test_parameters_of_which_nothing_is_known_are_named_at_the_end_of_the_table(
     model.mystery = nn.Parameter(torch.zeros(3, 4))
     groups = split_parameters(model)
     table = str(groups).splitlines()
-    row = next(line for line in table if line.startswith("mystery")).split(maxsplit=7)
-    assert row == [
-        *["mystery", "3", "x", "4", "matrices", "please", "check"],
-        "matrix, a bare parameter whose name says nothing",
-    ]
+    row = next(line for line in table if line.startswith("mystery"))
+    assert row.endswith("  matrices  please check  matrix, a bare parameter whose name says nothing")
     assert table[-1] == "Please check 2 of them: mix, mystery."
     assert json.loads(groups.to_json())[0] == {
         "name": "cls_token",

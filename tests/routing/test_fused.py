@@ -1,0 +1,137 @@
+"""Fused projections: which are known, what the table says of them, and `blocks` by words."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from lightning_namo import NAMO, build_optimizer
+from lightning_namo.routing.split import split_parameters
+from tests.helpers.zoo import GPT, gpt2
+
+COMMON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "pad_token_id": 0}
+
+
+def blocks_of(module: nn.Module, blocks) -> dict[str, int | list[int]]:
+    """The blocks of every matrix that has more than one."""
+    groups = split_parameters(module, blocks=blocks)
+    return {name: group["blocks"] for group in groups for name, _ in group["params"] if group.get("blocks", 1) != 1}
+
+
+def said_of(module: nn.Module) -> dict[str, str]:
+    """What the table says of fused matrices."""
+    routes = split_parameters(module).routes
+    return {r.name: r.reason[r.reason.index("fused") :] for r in routes if "fused" in r.reason}
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, by the names of many implementations."""
+
+    def __init__(self, name: str = "qkv", interleaved: bool = False) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+        setattr(self, name, nn.Linear(16, (4 + 2 * 2) * 8))
+        self.out, self.norm = nn.Linear(32, 16), nn.LayerNorm(16)
+
+
+def test_multi_head_attention_is_three_matrices_or_those_of_its_heads() -> None:
+    model = nn.Sequential(nn.MultiheadAttention(12, 3), nn.LayerNorm(12))
+    assert said_of(model) == {"0.in_proj_weight": "fused: 3 blocks possible"}
+    assert blocks_of(model, "auto") == {"0.in_proj_weight": 3}
+    assert blocks_of(model, "heads") == {"0.in_proj_weight": 9}
+    apart = nn.Sequential(nn.MultiheadAttention(12, 3, kdim=5, vdim=7), nn.LayerNorm(12))
+    assert said_of(apart) == {}
+    assert blocks_of(apart, "heads") == {f"0.{name}_proj_weight": 3 for name in "qkv"}
+
+
+def test_the_conv1d_of_gpt2_is_three_matrices_of_its_columns() -> None:
+    names = ["transformer.h.0.attn.c_attn.weight"]
+    assert list(said_of(gpt2())) == names
+    assert blocks_of(gpt2(), "auto") == {names[0]: 3}
+    assert blocks_of(gpt2(), "heads") == {names[0]: 6}
+    crossed = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, n_positions=8, vocab_size=64, add_cross_attention=True)
+    )
+    assert blocks_of(crossed, "auto")["transformer.h.0.crossattention.c_attn.weight"] == 2
+
+
+@pytest.mark.parametrize("name", ["qkv", "Wqkv", "qkv_proj", "c_attn", "to_qkv"])
+def test_groups_of_queries_give_blocks_of_their_sizes(name: str) -> None:
+    model = Attention(name)
+    assert said_of(model) == {f"{name}.weight": "fused: 3 blocks possible"}
+    assert blocks_of(model, "auto") == {f"{name}.weight": [32, 16, 16]}
+    assert blocks_of(model, "heads") == {f"{name}.weight": 8}
+    assert blocks_of(model, {"*.weight": 1}) == {}
+
+
+def test_heads_that_are_stored_one_after_the_other_are_no_three_blocks() -> None:
+    bloom = transformers.BloomForCausalLM(transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=1, n_head=4))
+    (name,) = said_of(bloom)
+    assert said_of(bloom)[name] == "fused: 12 blocks possible, by heads"
+    assert blocks_of(bloom, "auto") == {}
+    assert blocks_of(bloom, "heads") == {name: 12}
+    with pytest.raises(ValueError, match=r"Expected blocks='auto' to match .* no parts are known. Give the number of"):
+        blocks_of(bloom, {"*.query_key_value.weight": "auto"})
+
+
+def test_query_key_and_value_apart_are_divided_by_heads_only() -> None:
+    config = transformers.LlamaConfig(**COMMON, num_key_value_heads=2, intermediate_size=24)
+    model = transformers.LlamaForCausalLM(config)
+    assert said_of(model) == {}
+    layer = "model.layers.0.self_attn"
+    heads = {f"{layer}.q_proj.weight": 4, f"{layer}.k_proj.weight": 2, f"{layer}.v_proj.weight": 2}
+    assert blocks_of(model, "auto") == {}
+    assert blocks_of(model, "heads") == heads
+    assert blocks_of(model, {"*.q_proj.weight": "heads"}) == {f"{layer}.q_proj.weight": 4}
+
+
+def test_the_projections_of_mamba_and_the_gates_of_recurrent_layers_are_known() -> None:
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1))
+    assert blocks_of(mamba, "auto") == {"backbone.layers.0.mixer.in_proj.weight": 2}
+    config = transformers.Mamba2Config(
+        vocab_size=40, hidden_size=8, num_hidden_layers=1, num_heads=4, head_dim=4, n_groups=1, state_size=5
+    )
+    mamba2 = transformers.Mamba2ForCausalLM(config)
+    assert said_of(mamba2) == {"backbone.layers.0.mixer.in_proj.weight": "fused: 3 blocks possible"}
+    assert blocks_of(mamba2, "auto") == {"backbone.layers.0.mixer.in_proj.weight": [16, 26, 4]}
+    lstm = nn.Sequential(nn.LSTM(3, 4, proj_size=2), nn.GRUCell(4, 5), nn.RNN(5, 5), nn.LayerNorm(5))
+    assert blocks_of(lstm, "auto") == {
+        "0.weight_ih_l0": 4,
+        "0.weight_hh_l0": 4,
+        "1.weight_ih": 3,
+        "1.weight_hh": 3,
+    }
+
+
+def test_a_name_without_the_shape_is_no_evidence() -> None:
+    model = nn.ModuleDict({"qkv": nn.Linear(8, 20), "in_proj": nn.Linear(8, 16), "norm": nn.LayerNorm(8)})
+    assert said_of(model) == {}
+    assert blocks_of(model, "auto") == {}
+
+
+def test_words_for_blocks_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"Expected blocks to be 'auto', 'heads', or numbers. Got 'head'."):
+        split_parameters(GPT(), blocks="head")
+    with pytest.raises(ValueError, match=r"Expected blocks of '\*.qkv.weight' to be 'auto', 'heads', or numbers"):
+        split_parameters(GPT(), blocks={"*.qkv.weight": "qkv"})
+    with pytest.raises(
+        ValueError, match=r"Expected blocks='heads' to match .* of blocks.0.proj.weight \(8, 8\) no heads"
+    ):
+        split_parameters(GPT(), blocks={"*.proj.weight": "heads"})
+
+
+def test_blocks_by_word_step_as_the_same_blocks_by_number() -> None:
+    weights = []
+    for blocks in ("auto", {"qkv.weight": [32, 16, 16]}):
+        torch.manual_seed(0)
+        model = Attention()
+        optimizer = build_optimizer(model, NAMO, blocks=blocks, orthogonalizer="svd")
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        weights.append(model.qkv.weight.detach())
+    assert torch.equal(*weights)
