@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_namo.checkpoint.consolidate import consolidate
+from lightning_namo.cli.routes import routes
 from lightning_namo.cli.sweep import sweep
 from lightning_namo.gpt2.data.openwebtext import openwebtext
 from lightning_namo.gpt2.data.prepare import prepare
@@ -23,9 +24,13 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
+    "routes": routes,
     "sweep": sweep,
 }
 """Commands beside Lightning's. Their parameters are options; what they return is printed."""
 
-LEADING = {"export": "ckpt_path", "consolidate": "ckpt_path", "generate": "ckpt_path", "sweep": "file"}
+LEADING = {**dict.fromkeys(("export", "consolidate", "generate"), "ckpt_path"), "sweep": "file", "routes": "model"}
 """The option that a value without a name, right after the command, belongs to."""
+
+OF_RECIPES = ("plan", "routes")
+"""Commands that take configs of `fit`."""

@@ -13,7 +13,7 @@ from typing import Any
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_namo.cli.commands import COMMANDS, LEADING, PROGRAM
+from lightning_namo.cli.commands import COMMANDS, LEADING, OF_RECIPES, PROGRAM
 from lightning_namo.cli.lightning_cli import NamoCLI
 from lightning_namo.sharding.process_group import initialized, leave
 
@@ -53,13 +53,14 @@ def main(args: Sequence[str] | None = None) -> None:
         if name is not None:
             options = arguments[len(name.split()) :]
             if name in LEADING and options and not options[0].startswith("-"):
-                options = [f"--{LEADING[name]}", *options]
+                is_recipe = name in OF_RECIPES and options[0].endswith((".yaml", ".yml"))
+                options = ["--config" if is_recipe else f"--{LEADING[name]}", *options]
             result = auto_cli(
                 COMMANDS[name],
                 args=options,
                 as_positional=False,
                 prog=f"{PROGRAM} {name}",
-                parser_class=RecipeParser if name == "plan" else ArgumentParser,
+                parser_class=RecipeParser if name in OF_RECIPES else ArgumentParser,
             )
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:

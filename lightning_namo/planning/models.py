@@ -151,11 +151,11 @@ class Built(NamedTuple):
     replicas: int = 1
 
 
-def build_model(model: Callable[[], LightningModule] | str, data: LightningDataModule | None = None) -> Built:
+def build_model(model: Callable[[], nn.Module] | str, data: LightningDataModule | None = None) -> Built:
     """Build a model on the meta device.
 
     Args:
-        model: One of `MODELS`, or what makes a LightningModule.
+        model: One of `MODELS`, or what makes a module.
         data: What a GPT-2's vocabulary and block size follow, as for `fit`; by default the embedded corpus.
 
     Raises:
@@ -175,7 +175,8 @@ def build_model(model: Callable[[], LightningModule] | str, data: LightningDataM
             if isinstance(text, TextDataModule):
                 module.config = follow_data(module.config, text)
             replicas, module.replicas = module.replicas, 1  # there is no mesh here to shard over
-        module.configure_model()
+        if isinstance(module, LightningModule):
+            module.configure_model()
     return Built(module, replicas=replicas)
 
 

@@ -13,7 +13,7 @@ from lightning_namo.routing.reasons import is_weight
 
 _SURE = {"lm_head", "classifier", "score", "qa_outputs"}
 _WHOLE = {*_SURE, "seq_relationship", "class_embed", "logits_proj", "logits_dense"}
-_LAST_WORDS = {"head", "heads", "classifier", "classifiers", "score", "scores", "logits"}
+_LAST_WORDS = {"head", "heads", "classifier", "classifiers", "score", "scores", "logits", "prediction", "predictions"}
 _NOT = {"pre", "pool", "pooler", "pooling", "multi", "attention", "attn"}  # pre_classifier, pooling heads
 _OUTPUTS = ({"head", "classifier", "logits", "decoder"}, {"out", "output", "final"})  # of a head's layers, these first
 _VISION = {"torchvision", "timm"}  # whose models call their head fc
@@ -29,21 +29,19 @@ def find_heads(tree: Tree, candidates: list[Candidate]) -> dict[nn.Parameter, Re
     paths = {module: path for path, module in tree.modules.items()}
     for head, cls in _declared(tree.root):
         if head in paths:
-            heads |= dict.fromkeys(_output(paths[head], tree), Reason(f"output head, declared by {cls}"))
+            heads |= dict.fromkeys(_outputs(paths[head], tree), Reason(f"output head, declared by {cls}"))
     back = _leading_back(tree, candidates)
     named: list[tuple[str, ...]] = []
-    for path, module in tree.modules.items():
+    for path in tree.modules:
         if any(path[: len(outer)] == outer for outer in named) or not _is_called_head(path, tree):
             continue
         named.append(path)
         called = path[-1]
-        is_several = isinstance(module, nn.ModuleList | nn.ModuleDict)
-        for unit in [(*path, name) for name in tree.children(path)] if is_several else [path]:
-            for parameter in _output(unit, tree):
-                doubt = called not in _SURE | {"head"} and "head" in words(called) and parameter in back
-                how: Confidence = "sure" if called in _SURE else "please check" if doubt else "assumed"
-                but = ", but as wide as the model" if doubt else ""
-                heads.setdefault(parameter, Reason(f"output head, called {called}{but}", how))
+        for parameter in _outputs(path, tree):
+            doubt = called not in _SURE | {"head"} and "head" in words(called) and parameter in back
+            how: Confidence = "sure" if called in _SURE else "please check" if doubt else "assumed"
+            but = ", but as wide as the model" if doubt else ""
+            heads.setdefault(parameter, Reason(f"output head, called {called}{but}", how))
     return heads
 
 
@@ -76,12 +74,14 @@ def _is_called_head(path: tuple[str, ...], tree: Tree) -> bool:
     named = [word for word in words(path[-1]) if not word.isdigit()]
     module, parent = tree.modules[path], tree.modules[path[:-1]]
     is_fc = path[-1] == "fc" and type(parent).__module__.partition(".")[0] in _VISION
-    is_named = path[-1] in _WHOLE or not _LAST_WORDS.isdisjoint(named[-1:]) or is_fc
+    is_named = path[-1] in _WHOLE or not _LAST_WORDS.isdisjoint(named[-1:]) or named[:1] == ["predict"] or is_fc
     return is_named and _NOT.isdisjoint([*named, *words(type(module).__name__)]) and not tree.in_block(path)
 
 
-def _output(path: tuple[str, ...], tree: Tree) -> list[nn.Parameter]:
+def _outputs(path: tuple[str, ...], tree: Tree) -> list[nn.Parameter]:
     """The weights of a head's output layer; its other layers are hidden, and all are if a norm follows them."""
+    if isinstance(tree.modules[path], nn.ModuleList | nn.ModuleDict):  # several heads
+        return [parameter for name in tree.children(path) for parameter in _outputs((*path, name), tree)]
     inside = tree.inside(path)
     layers = [(at, module) for at, module in inside if _maps(at, tree) and not tree.in_block(at, len(path))]
     if not layers:
@@ -121,7 +121,13 @@ def judge_last(tree: Tree, candidates: list[Candidate]) -> tuple[list[Candidate]
     back = _leading_back(tree, candidates)
     if any(c.parameter in back or (called and c.rows not in vocabularies) for c in found):
         because = f"called {min(called)}" if called else "as wide as the model"
-        return found, f"the last layer, but {because}: an output?"
+        beside = [
+            candidate
+            for use, candidate in uses
+            if called & {*words(use.path[-1] if use.path else "")} and use.path[:-1] == last.path[:-1]
+        ]
+        alike = [c for c in beside if c.is_matrix and is_weight(c.uses[0]) and c not in found]
+        return [*found, *alike], f"the last layer, but {because}: an output?"
     return found, None
 
 

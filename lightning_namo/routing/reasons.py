@@ -85,7 +85,9 @@ def _reason(candidate: Candidate, tree: Tree) -> Reason | None:
             return Reason(named, "sure" if is_vector or len(shape) < 2 else "assumed")
     if len(shape) < 2:
         return Reason("vector")
-    if any(_is_router(use, tree) for use in uses):
+    if any(_ROUTERS & class_words(use.owner) for use in uses):
+        return Reason("router")
+    if any(_is_called_router(use, tree) for use in uses):
         return Reason("router", "assumed")
     if is_vector:
         return Reason("vector with dimensions of size 1")
@@ -134,12 +136,12 @@ def _by_name(use: Use, shape: tuple[int, ...], tree: Tree) -> str | None:
     return None
 
 
-def _is_router(use: Use, tree: Tree) -> bool:
-    """Whether a parameter chooses experts: by its class, its path, or a gate beside experts."""
+def _is_called_router(use: Use, tree: Tree) -> bool:
+    """Whether a parameter chooses experts: by its path, or as a gate beside experts."""
     path = role_path(use.path)
     bare = not is_layer(use.owner) and use.label != "weight"
     places = (*path, use.label) if bare else path
-    if _ROUTERS & class_words(use.owner) or any(_ROUTERS.intersection(words(part)) for part in places):
+    if any(_ROUTERS.intersection(words(part)) for part in places):
         return True
     last = places[-1].lower() if places else ""
     if {"gate", "gating"}.intersection(words(last)) and {"expert", "experts"}.intersection(words(last)):

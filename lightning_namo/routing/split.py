@@ -136,6 +136,35 @@ def split_parameters(
         >>> groups = split_parameters(model, adamw="*.gate.weight", blocks={"*.qkv.weight": 3})
         >>> print(groups)
     """
+    groups = route_parameters(
+        module,
+        adamw=adamw,
+        orthogonalize=orthogonalize,
+        blocks=blocks,
+        batched=batched,
+        transposed=transposed,
+        matrix=matrix,
+        heads=heads,
+        first_layers=first_layers,
+    )
+    if not any(group["orthogonalize"] for group in groups):
+        raise ValueError(_nothing(module, groups))
+    return groups
+
+
+def route_parameters(
+    module: nn.Module,
+    *,
+    adamw: str | Iterable[str] = (),
+    orthogonalize: str | Iterable[str] = (),
+    blocks: Blocks | None = None,
+    batched: str | Iterable[str] = (),
+    transposed: str | Iterable[str] = (),
+    matrix: str | Iterable[str] = (),
+    heads: Side = "adamw",
+    first_layers: Side = "adamw",
+) -> ParameterGroups:
+    """As `split_parameters`, also for a module without a trainable matrix."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected a module, whose parameters are split by what they are, but got {module!r:.80}.")
     for key, side in (("heads", heads), ("first_layers", first_layers)):
@@ -159,8 +188,6 @@ def split_parameters(
     for candidate in matrices:
         if candidate.blocks == 1 and (words := possible(fused[candidate.name])) is not None:
             candidate.notes.append(words)
-    if not any(candidate.is_matrix and candidate.parameter.requires_grad for candidate in candidates):
-        raise ValueError(_nothing(module, candidates))
     return ParameterGroups(module, candidates, regions)
 
 
@@ -192,20 +219,20 @@ def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: S
 
 def _send(candidate: Candidate, reason: Reason, side: Side) -> None:
     """Send a matrix of some role to AdamW, or leave it a matrix and say what it is; a doubtful one stays a matrix."""
-    candidate.confidence = reason.confidence
+    candidate.confidence = "assumed" if side == "matrix" and reason.confidence == "please check" else reason.confidence
     if side == "matrix" or reason.confidence == "please check":
         candidate.notes.append(reason.words)
     else:
         candidate.adamw = reason.words
 
 
-def _nothing(module: nn.Module, candidates: list[Candidate]) -> str:
+def _nothing(module: nn.Module, groups: ParameterGroups) -> str:
     """The message of a module without a trainable matrix: what it has, and what to do."""
-    trained = [candidate for candidate in candidates if candidate.parameter.requires_grad]
-    frozen = len(candidates) - len(trained)
-    has_head = any(len(c.shape) > 1 and str(c.adamw).startswith("output head") for c in trained)
+    trained = [route for route in groups.routes if route.group != "frozen"]
+    frozen = len(groups.routes) - len(trained)
+    has_head = any(len(route.shape) > 1 and route.reason.startswith("output head") for route in trained)
     head = "heads='matrix' takes the output head, too, as where frozen layers are trained later. " if has_head else ""
-    found = Counter(str(candidate.glob or candidate.adamw) for candidate in trained)
+    found = Counter(route.reason.partition(", tied")[0] for route in trained)
     kinds = ", ".join(f"{count} {words}" for words, count in found.most_common(6))
     more = f" and {len(found) - 6} kinds more" if len(found) > 6 else ""
     return (
