@@ -43,9 +43,23 @@ def _model(config: str, model: str, *parts: dict[str, Any], **more: Any) -> Call
 
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     # decoders
-    "gpt2": _model("GPT2Config", "GPT2LMHeadModel", vocab_size=96, n_positions=24, n_embd=32, n_layer=2, n_head=4),
+    "gpt2": _model(
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        vocab_size=96,
+        n_positions=24,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+    ),
     "gpt2_double_heads": _model(
-        "GPT2Config", "GPT2DoubleHeadsModel", vocab_size=96, n_positions=24, n_embd=32, n_layer=2, n_head=4
+        "GPT2Config",
+        "GPT2DoubleHeadsModel",
+        vocab_size=96,
+        n_positions=24,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
     ),
     "llama": _model("LlamaConfig", "LlamaForCausalLM", TEXT, GROUPED),
     "llama_reward": _model("LlamaConfig", "LlamaForSequenceClassification", TEXT, GROUPED, num_labels=1),
@@ -54,10 +68,24 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "gpt_neox": _model("GPTNeoXConfig", "GPTNeoXForCausalLM", TEXT),
     "bloom": _model("BloomConfig", "BloomForCausalLM", vocab_size=96, hidden_size=32, n_layer=2, n_head=4),
     "falcon": _model("FalconConfig", "FalconForCausalLM", TEXT),
-    "mpt": _model("MptConfig", "MptForCausalLM", vocab_size=96, d_model=32, n_layers=2, n_heads=4, max_seq_len=24),
+    "mpt": _model(
+        "MptConfig",
+        "MptForCausalLM",
+        vocab_size=96,
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        max_seq_len=24,
+    ),
     "opt": _model("OPTConfig", "OPTForCausalLM", TEXT, ffn_dim=48, word_embed_proj_dim=16),
     "gpt_bigcode": _model(
-        "GPTBigCodeConfig", "GPTBigCodeForCausalLM", vocab_size=96, n_positions=24, n_embd=32, n_layer=2, n_head=4
+        "GPTBigCodeConfig",
+        "GPTBigCodeForCausalLM",
+        vocab_size=96,
+        n_positions=24,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
     ),
     "gemma3n": _model(
         "Gemma3nTextConfig",
@@ -84,7 +112,14 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
         moe_intermediate_size=12,
         shared_expert_intermediate_size=20,
     ),
-    "gpt_oss": _model("GptOssConfig", "GptOssForCausalLM", TEXT, GROUPED, EXPERTS, layer_types=["full_attention"] * 2),
+    "gpt_oss": _model(
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        TEXT,
+        GROUPED,
+        EXPERTS,
+        layer_types=["full_attention"] * 2,
+    ),
     "deepseek_v3": _model(
         "DeepseekV3Config",
         "DeepseekV3ForCausalLM",
@@ -153,7 +188,12 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     ),
     "rwkv": _model("RwkvConfig", "RwkvForCausalLM", vocab_size=96, hidden_size=32, num_hidden_layers=2),
     "recurrent_gemma": _model(
-        "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM", TEXT, GROUPED, num_hidden_layers=3, lru_width=32
+        "RecurrentGemmaConfig",
+        "RecurrentGemmaForCausalLM",
+        TEXT,
+        GROUPED,
+        num_hidden_layers=3,
+        lru_width=32,
     ),
     # encoders of text
     "bert_masked": _model("BertConfig", "BertForMaskedLM", TEXT),
@@ -164,7 +204,11 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "roberta_classification": _model("RobertaConfig", "RobertaForSequenceClassification", TEXT, num_labels=3),
     "albert_answers": _model("AlbertConfig", "AlbertForQuestionAnswering", TEXT, embedding_size=16),
     "deberta_v2": _model(
-        "DebertaV2Config", "DebertaV2ForTokenClassification", TEXT, relative_attention=True, num_labels=5
+        "DebertaV2Config",
+        "DebertaV2ForTokenClassification",
+        TEXT,
+        relative_attention=True,
+        num_labels=5,
     ),
     "distilbert": _model(
         "DistilBertConfig",
@@ -177,7 +221,15 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     ),
     "modernbert": _model("ModernBertConfig", "ModernBertForMaskedLM", TEXT),
     "electra_pretraining": _model("ElectraConfig", "ElectraForPreTraining", TEXT, embedding_size=16),
-    "xlnet": _model("XLNetConfig", "XLNetLMHeadModel", vocab_size=96, d_model=32, n_layer=2, n_head=4, d_inner=48),
+    "xlnet": _model(
+        "XLNetConfig",
+        "XLNetLMHeadModel",
+        vocab_size=96,
+        d_model=32,
+        n_layer=2,
+        n_head=4,
+        d_inner=48,
+    ),
     "funnel": _model(
         "FunnelConfig",
         "FunnelForMaskedLM",
@@ -190,7 +242,14 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     ),
     # encoders and decoders
     "t5": _model(
-        "T5Config", "T5ForConditionalGeneration", vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
+        "T5Config",
+        "T5ForConditionalGeneration",
+        vocab_size=96,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
     ),
     "bart_classification": _model(
         "BartConfig",
@@ -211,10 +270,19 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "dinov2_registers": _model("Dinov2WithRegistersConfig", "Dinov2WithRegistersForImageClassification", VISION),
     "beit": _model("BeitConfig", "BeitForImageClassification", VISION, use_relative_position_bias=True),
     "swin": _model(
-        "SwinConfig", "SwinForImageClassification", embed_dim=16, depths=[2, 2], num_heads=[2, 4], num_labels=10
+        "SwinConfig",
+        "SwinForImageClassification",
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        num_labels=10,
     ),
     "convnext": _model(
-        "ConvNextConfig", "ConvNextForImageClassification", hidden_sizes=[8, 16], depths=[1, 1], num_stages=2
+        "ConvNextConfig",
+        "ConvNextForImageClassification",
+        hidden_sizes=[8, 16],
+        depths=[1, 1],
+        num_stages=2,
     ),
     "resnet": _model(
         "ResNetConfig",
@@ -300,7 +368,12 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     ),
     "musicgen": _model("MusicgenDecoderConfig", "MusicgenForCausalLM", TEXT, ffn_dim=48, num_codebooks=2),
     "patchtst": _model(
-        "PatchTSTConfig", "PatchTSTForRegression", d_model=32, num_attention_heads=4, num_hidden_layers=2, ffn_dim=48
+        "PatchTSTConfig",
+        "PatchTSTForRegression",
+        d_model=32,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        ffn_dim=48,
     ),
     "decision_transformer": _model(
         "DecisionTransformerConfig",
