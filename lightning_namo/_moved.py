@@ -25,7 +25,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "grouped": ("optim.groups", "optim.state"),
     "optimizers": ("optim.namo", "optim.muon"),
     "orthogonalize": ("polar.coefficients", "polar.iteration_dtype", "polar.cost", "polar.orthogonalize"),
-    "param_groups": ("routing.names", "routing.reasons", "routing.split"),
+    "param_groups": ("routing.names", "routing.candidates", "routing.split"),
     "plan": ("sharding.assignment",),
     "ranges": ("optim.ranges",),
     "regions": ("sharding.layout", "sharding.local", "sharding.discovery"),

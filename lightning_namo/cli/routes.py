@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import pydoc
 from collections.abc import Callable
 from typing import Any
@@ -61,14 +60,13 @@ def _named(path: str) -> Callable[..., nn.Module]:
 
 def _built(make: Callable[[], nn.Module], data: LightningDataModule | None, name: str) -> nn.Module:
     try:
-        inspect.signature(make).bind()
         try:
             module = build_model(make, data).module
         except (NotImplementedError, RuntimeError):  # a constructor that looks at the numbers of a tensor
             module = make()
             if isinstance(module, LightningModule):
                 module.configure_model()
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(
             f"Expected --arguments with which {name} can be made, as '{{width: 8}}'. Got: {error}"
         ) from error

@@ -194,7 +194,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         mean = sum(loads) / len(loads)
         lines = [
             f"rank {rank}: {sum(parameters[i].count for i in matrices)} matrices, {load / 1e9:.3g} GFLOP, "
-            f"{load / mean:.3f} of the mean"
+            f"{load / mean if mean else 0:.3f} of the mean"
             for rank, (matrices, load) in enumerate(zip(owned, loads, strict=True))
         ]
         return "\n".join([*lines, f"rank {exchange.rank} sends {exchange.bytes_sent:,} bytes of matrices a step"])
@@ -232,7 +232,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
             for p in parameters:
                 if (key := (id(p.group), p.layout.shape)) not in self._requests:
                     self._requests[key] = requests_of(self._ruled, self._kinds, p)
-            device = parameters[0].tensor.device
+            device = next(tensor for group in self.param_groups for tensor in group["params"]).device
             iteration_dtype(device.type)  # a wrong environment variable is refused before ranks wait for one another
             numbers = {id(group): number for number, group in enumerate(self.param_groups)}
             matrices = [
@@ -390,7 +390,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 together[number] = runs
             elif runs:
                 yield {number: runs}
-        if any(together.values()):
+        if exchange.distributed or any(together.values()):  # without matrices the ranks agree on AdamW's parameters
             yield together
 
     def _agree(self, runs: Runs, adamw: AdamWStep, not_finite: list[Tensor], refusal: Exception | None) -> list[Tensor]:

@@ -120,7 +120,8 @@ class GroupedOptimizer(Optimizer):
         super().__init__(cast(Any, params), {key: defaults[key] for key in ("lr", "weight_decay", "momentum")})
         if (module := self._module()) is not None:
             number_by_module(self, module)
-        if not any(group["orthogonalize"] and group["params"] for group in self.param_groups):
+        waits = any(keys["orthogonalize"] for _, keys in self._templates.values())  # for matrices that are frozen yet
+        if not waits and not any(group["orthogonalize"] and group["params"] for group in self.param_groups):
             raise ValueError(
                 f"Expected at least one matrix to orthogonalize but no parameter group of {type(self).__name__} has "
                 "one. Use torch.optim.AdamW, or see how split_parameters(module) routes the parameters."

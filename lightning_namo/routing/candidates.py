@@ -14,6 +14,7 @@ from lightning_namo.sharding.layout import stored_shape
 
 Confidence: TypeAlias = Literal["sure", "assumed", "please check"]
 Side: TypeAlias = Literal["adamw", "matrix"]
+OUTPUT_HEAD = "output head"  # how the reasons of all of them begin
 
 
 class Reason(NamedTuple):

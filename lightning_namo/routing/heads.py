@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from lightning_namo.routing.candidates import Candidate, Confidence, Reason
+from lightning_namo.routing.candidates import OUTPUT_HEAD, Candidate, Confidence, Reason
 from lightning_namo.routing.layers import CONVS, EMBEDDINGS, Tree, is_linear, is_lora, is_norm
 from lightning_namo.routing.names import words
 from lightning_namo.routing.reasons import is_weight
@@ -29,7 +29,7 @@ def find_heads(tree: Tree, candidates: list[Candidate]) -> dict[nn.Parameter, Re
     paths = {module: path for path, module in tree.modules.items()}
     for head, cls in _declared(tree.root):
         if head in paths:
-            heads |= dict.fromkeys(_outputs(paths[head], tree), Reason(f"output head, declared by {cls}"))
+            heads |= dict.fromkeys(_outputs(paths[head], tree), Reason(f"{OUTPUT_HEAD}, declared by {cls}"))
     back = _leading_back(tree, candidates)
     named: list[tuple[str, ...]] = []
     for path in tree.modules:
@@ -41,7 +41,7 @@ def find_heads(tree: Tree, candidates: list[Candidate]) -> dict[nn.Parameter, Re
             doubt = called not in _SURE | {"head"} and "head" in words(called) and parameter in back
             how: Confidence = "sure" if called in _SURE else "please check" if doubt else "assumed"
             but = ", but as wide as the model" if doubt else ""
-            heads.setdefault(parameter, Reason(f"output head, called {called}{but}", how))
+            heads.setdefault(parameter, Reason(f"{OUTPUT_HEAD}, called {called}{but}", how))
     return heads
 
 

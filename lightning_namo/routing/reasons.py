@@ -6,7 +6,7 @@ import re
 
 from torch import nn
 
-from lightning_namo.routing.candidates import Candidate, Reason, Use
+from lightning_namo.routing.candidates import OUTPUT_HEAD, Candidate, Reason, Use
 from lightning_namo.routing.layers import (
     CONVS,
     EMBEDDINGS,
@@ -72,7 +72,7 @@ def _reason(candidate: Candidate, tree: Tree) -> Reason | None:
     if any(isinstance(use.owner, EMBEDDINGS) or _is_called_embedding(use) for use in uses):
         known = any(isinstance(use.owner, EMBEDDINGS) for use in uses)
         is_first = isinstance(first.owner, EMBEDDINGS) or _is_called_embedding(first)
-        return Reason("embedding" if is_first else "output head", "sure" if known else "assumed")
+        return Reason("embedding" if is_first else OUTPUT_HEAD, "sure" if known else "assumed")
     if any(is_norm(use.owner) for use in uses):
         return Reason("norm")
     if not shape:
@@ -128,7 +128,7 @@ def _by_name(use: Use, shape: tuple[int, ...], tree: Tree) -> str | None:
     if {"oft", "boft"} & of_class.union(named):  # peft's
         return "rotations"
     if "loss" in of_class:
-        return "output head, of a loss"
+        return f"{OUTPUT_HEAD}, of a loss"
     if re.search(r"(^|_)lambda(_|\d|$)", label):
         return "layer scale"
     if len(shape) > 2 and "conv" in named and shape[1] == 1:

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_namo.routing.batches import find_batch
-from lightning_namo.routing.candidates import Candidate, Reason, Side, Use, times
+from lightning_namo.routing.candidates import OUTPUT_HEAD, Candidate, Reason, Side, Use, times
 from lightning_namo.routing.fused import adapter_blocks, find_fused, possible
 from lightning_namo.routing.globs import Blocks, overrule, set_batches, set_blocks
 from lightning_namo.routing.heads import as_wide_as_tables, find_heads, judge_last
@@ -67,6 +67,14 @@ class ParameterGroups(list[dict[str, Any]]):
         return "\n".join([*table, *self.summary])
 
     @property
+    def waits(self) -> bool:
+        """Whether an output head is trained while all matrices are frozen, to be orthogonalized later."""
+        trained = [route for route in self.routes if route.group != "frozen"]
+        frozen = any(template["orthogonalize"] for template in self.templates.values())
+        has_head = any(len(route.shape) > 1 and route.reason.startswith(OUTPUT_HEAD) for route in trained)
+        return frozen and has_head and all(route.group == "adamw" for route in trained)
+
+    @property
     def summary(self) -> list[str]:
         """Lines: how many parameters went where, and which of them a reader should check."""
         sizes: dict[str, list[int]] = {"matrices": [], "AdamW": [], "frozen": []}
@@ -75,6 +83,8 @@ class ParameterGroups(list[dict[str, Any]]):
             sizes[part].append(math.prod(route.shape))
         counts = [f"{len(found)} {part} ({sum(found):,} elements)" for part, found in sizes.items()]
         lines = [f"{len(self.routes)} parameters: {', '.join(counts)}"]
+        if self.waits:
+            lines.append("Nothing is orthogonalized until frozen matrices are trained: AdamW trains the head alone.")
         doubtful = [route.name for route in self.routes if route.confidence == "please check"]
         if doubtful:
             more = f" and {len(doubtful) - 20} more" if len(doubtful) > 20 else ""
@@ -130,7 +140,8 @@ def split_parameters(
 
     Raises:
         ValueError: If a parameter is uninitialized (lazy), a glob matches nothing or contradicts another, a
-            vector is to be orthogonalized, blocks do not fit the rows, or no trainable matrix is left.
+            vector is to be orthogonalized, blocks do not fit the rows, or no trainable matrix is left; but an output
+            head may be trained alone while all matrices are frozen (`BackboneFinetuning`).
 
     Example:
         >>> groups = split_parameters(model, adamw="*.gate.weight", blocks={"*.qkv.weight": 3})
@@ -147,7 +158,7 @@ def split_parameters(
         heads=heads,
         first_layers=first_layers,
     )
-    if not any(group["orthogonalize"] for group in groups):
+    if not any(group["orthogonalize"] for group in groups) and not groups.waits:
         raise ValueError(_nothing(module, groups))
     return groups
 
@@ -209,8 +220,8 @@ def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: S
     last, doubt = judge_last(tree, candidates)
     for candidate in last:
         if doubt is None:
-            _send(candidate, Reason("output head, the last Linear, which nothing follows", "assumed"), heads)
-        elif "output head" not in ", ".join(candidate.notes):
+            _send(candidate, Reason(f"{OUTPUT_HEAD}, the last Linear, which nothing follows", "assumed"), heads)
+        elif OUTPUT_HEAD not in ", ".join(candidate.notes):
             _send(candidate, Reason(doubt, "please check"), heads)
     for candidate in as_wide_as_tables(tree, candidates):
         if not candidate.notes:
@@ -230,15 +241,13 @@ def _nothing(module: nn.Module, groups: ParameterGroups) -> str:
     """The message of a module without a trainable matrix: what it has, and what to do."""
     trained = [route for route in groups.routes if route.group != "frozen"]
     frozen = len(groups.routes) - len(trained)
-    has_head = any(len(route.shape) > 1 and route.reason.startswith("output head") for route in trained)
-    head = "heads='matrix' takes the output head, too, as where frozen layers are trained later. " if has_head else ""
     found = Counter(route.reason.partition(", tied")[0] for route in trained)
     kinds = ", ".join(f"{count} {words}" for words, count in found.most_common(6))
     more = f" and {len(found) - 6} kinds more" if len(found) > 6 else ""
+    got = f"{kinds or 'no trainable parameter'}{more}{f', {frozen} frozen' if frozen else ''}"
     return (
-        f"Expected a trainable matrix in {type(module).__name__}. Got {kinds or 'no trainable parameter'}{more}"
-        f"{f', {frozen} frozen' if frozen else ''}. Use AdamW: build_optimizer has nothing to orthogonalize. {head}Or "
-        "name matrices with orthogonalize=('glob', ...)."
+        f"Expected a trainable matrix to orthogonalize in {type(module).__name__}. Got {got}. Use AdamW: "
+        "build_optimizer has nothing to orthogonalize. Or name matrices with orthogonalize=('glob', ...)."
     )
 
 

@@ -87,7 +87,9 @@ def _kinds() -> set[type[Odd]]:
 def _train(
     cls: Callable[..., OrthogonalizedOptimizer], module: nn.Module, kind: type[Odd], batched: bool | None = None
 ) -> Trained:
-    optimizer = build_optimizer(module, cls, blocks=kind.blocks, orthogonalizer="svd")
+    optimizer = build_optimizer(
+        module, cls, blocks=kind.blocks, heads="matrix", first_layers="matrix", orthogonalizer="svd"
+    )
     optimizer.bucket_bytes, optimizer.batched = 1500, batched  # several buckets, so that they overlap
     grads = [prescribed_gradients(new_module(kind, torch.float64), step) for step in range(_STEPS)]
     for of_step in grads:

@@ -126,7 +126,7 @@ def test_a_loaded_state_is_a_copy(cls):
 @all_optimizers
 def test_parameters_keep_their_names_where_the_checkpoint_has_another_order(cls):
     model, other = Chain("abc"), Chain("cab")
-    optimizer, resumed = build_optimizer(model, cls, lr=0.01), build_optimizer(other, cls, lr=0.01)
+    optimizer, resumed = (build_optimizer(m, cls, lr=0.01, heads="matrix") for m in (model, other))
     for number, parameter in enumerate(model.parameters()):
         parameter.grad = torch.full_like(parameter, number + 1.0)
     optimizer.step()
@@ -134,7 +134,7 @@ def test_parameters_keep_their_names_where_the_checkpoint_has_another_order(cls)
     of_parameter = {p: name for name, p in other.named_parameters()}
     for group in resumed.param_groups:
         assert group["param_names"] == [of_parameter[p] for p in group["params"]]
-    last = build_optimizer(model, cls, lr=0.01)
+    last = build_optimizer(model, cls, lr=0.01, heads="matrix")
     last.load_state_dict(resumed.state_dict())  # through two files
     assert_same(last.state_dict()["state"], optimizer.state_dict()["state"])
 

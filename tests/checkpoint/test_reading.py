@@ -66,7 +66,7 @@ def test_names_decide_not_the_order(cls):
 
     model, other = Chain("abc"), Chain("cab")
     other.load_state_dict(model.state_dict())
-    optimizer, resumed = build_optimizer(model, cls, **EXACT), build_optimizer(other, cls, **EXACT)
+    optimizer, resumed = (build_optimizer(m, cls, heads="matrix", **EXACT) for m in (model, other))
     for seed, (m, o) in enumerate([(model, optimizer)] * 2):
         step(o, m, seed)
     resumed.load_state_dict(optimizer.state_dict())

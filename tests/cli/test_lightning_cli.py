@@ -168,7 +168,7 @@ def test_globs_of_batches_decide_how_parameters_are_split(fit: Fit) -> None:
     trainer, model, _ = fit(f"--model={__name__}.Experts", OWN[1], *options)
     groups = {group["name"]: group for group in split_parameters(model, **callback_of(trainer).routing)}
     assert [name for name, _ in groups["matrices_batched_transposed"]["params"]] == ["experts"]
-    assert [name for name, _ in groups["matrices"]["params"]] == ["tensor", "layer.weight"]
+    assert [name for name, _ in groups["matrices"]["params"]] == ["tensor"]
 
 
 def test_a_scheduler_of_torch_can_be_the_schedule(fit: Fit) -> None:

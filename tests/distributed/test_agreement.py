@@ -167,7 +167,7 @@ def test_another_bound_on_one_rank_is_refused_on_all() -> None:
 def differing_parameters(rank: int, extra: nn.Module) -> None:
     layers = [nn.Linear(4, 4, bias=False), nn.Linear(4, 6, bias=False)] + [extra] * rank
     module = nn.Sequential(*layers)
-    optimizer = build_optimizer(module, NAMO)
+    optimizer = build_optimizer(module, NAMO, heads="matrix")
     for parameter in module.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

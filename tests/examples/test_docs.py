@@ -1,9 +1,12 @@
-"""What docs/own_rule.md and docs/noise.md show is what runs."""
+"""What the pages of docs show is what runs."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_namo.cli import main
 from tests.helpers.optimizers import randn
 from tests.helpers.paths import ROOT
 from tests.helpers.rules import NorMuon
@@ -51,3 +55,43 @@ def test_the_noise_scale_is_measured_as_the_page_says(capsys: pytest.CaptureFixt
     scale, fraction = (float(value) for value in re.findall(r"tensor\((.*?)\)", capsys.readouterr().out))
     assert scale > 0
     assert 0 < fraction < 1
+
+
+def snippets(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text("utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(5), ids=["transformers", "accelerate", "peft", "litgpt", "lightning_cli"])
+def test_other_frameworks_train_as_the_page_says(number: int, tmp_path: Path) -> None:
+    codes = snippets("frameworks.md")
+    assert len(codes) == 5
+    (tmp_path / "my_cli.py").write_text(codes[number], encoding="utf-8")
+    (command,) = snippets("frameworks.md", "bash")
+    arguments = shlex.split(command)[2:] if number == 4 else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "my_cli.py", *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    if number == 0:
+        assert (tmp_path / "out" / "checkpoint-8" / "optimizer.pt").exists()
+    if number > 2:
+        assert "matrices" in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("command", snippets("routing.md", "bash")[0].splitlines())
+def test_the_routing_page_s_commands_run(command: str, capsys: pytest.CaptureFixture[str], kept_parsers: None) -> None:
+    path = {"configs/gpt2_small.yaml": str(ROOT / "configs" / "gpt2_small.yaml")}
+    path["my_package.MyModel"] = "tests.cli.test_routes.Looks"
+    main([path.get(word, word) for word in shlex.split(command)[1:]])
+    assert "matrices" in capsys.readouterr().out
+
+
+def test_the_routing_page_counts_the_tables() -> None:
+    (count,) = re.findall(r"The tables of (\d+) models", (ROOT / "docs" / "routing.md").read_text("utf-8"))
+    assert int(count) == len(list((ROOT / "tests" / "data" / "routes").iterdir()))

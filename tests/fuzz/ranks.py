@@ -189,7 +189,8 @@ class Member:
         for name, parameter in named.items():
             parameter.requires_grad_(not self.walk.layers[self.walk.layer_of(name)].frozen)
         cls = RULES[self.walk.optimizer]
-        optimizer = build_optimizer(self.module, cls, blocks=self.walk.blocks(), **taken(cls, self.walk.hyper))
+        routing = {"blocks": self.walk.blocks(), "heads": "matrix", "first_layers": "matrix"}
+        optimizer = build_optimizer(self.module, cls, **routing, **taken(cls, self.walk.hyper))
         optimizer.bucket_bytes, optimizer.batched = self.walk.bucket_bytes, self.walk.batched
         for layer in added:
             of_layer = [p for name, p in named.items() if self.walk.layer_of(name) == layer]

@@ -26,7 +26,8 @@ class Model(nn.Module):
 
 def build_exact(model: nn.Module, cls: Any, **options: Any) -> torch.optim.Optimizer:
     exact = EXACT if cls in OPTIMIZERS else {}
-    return build_optimizer(model, cls, blocks={"qkv.weight": 3}, **{"lr": 0.01, **exact, **options})
+    routing = {"blocks": {"qkv.weight": 3}, "heads": "matrix", "first_layers": "matrix"}
+    return build_optimizer(model, cls, **routing, **{"lr": 0.01, **exact, **options})
 
 
 def step(optimizer: torch.optim.Optimizer, model: nn.Module, seed: int, missing: tuple[str, ...] = ()) -> None:

@@ -79,7 +79,7 @@ class ResumableNet(pl.LightningModule):
             return optimize_with(torch.optim.AdamW, schedule=schedule, lr=0.005)(self)
         adopt_state = self.optimizer == "adopter"
         cls = ADOPTER if adopt_state else RULES[self.optimizer]
-        return optimize_with(cls, schedule=schedule, adopt_state=adopt_state, **EXACT_HYPER)(self)
+        return optimize_with(cls, schedule=schedule, adopt_state=adopt_state, heads="matrix", **EXACT_HYPER)(self)
 
 
 # name -> processes, strategy that saves, what shards the module. FSDP1 wraps every layer, so that it cuts every matrix,

@@ -90,7 +90,8 @@ def train(
     batched: bool | None = None,
 ) -> Any:
     """Take steps; ``backward`` makes the gradients of a step."""
-    optimizer = build_optimizer(module, RULES[algorithm], blocks=blocks, lr=0.05, orthogonalizer=orthogonalizer)
+    routing = {"blocks": blocks, "heads": "matrix", "first_layers": "matrix"}
+    optimizer = build_optimizer(module, RULES[algorithm], **routing, lr=0.05, orthogonalizer=orthogonalizer)
     optimizer.bucket_bytes, optimizer.batched = 1500, batched  # several buckets, so that they overlap
     for step in range(STEPS):
         optimizer.zero_grad()

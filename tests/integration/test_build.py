@@ -49,7 +49,7 @@ def test_a_glob_that_matches_nothing_is_refused(key):
 
 
 def test_a_module_without_matrices_is_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"torch\.optim\.AdamW"):
+    with pytest.raises(ValueError, match=r"Use AdamW: build_optimizer has nothing to orthogonalize"):
         build_optimizer(nn.LayerNorm(4), NAMO)
 
 
@@ -110,7 +110,6 @@ def test_fabric_names_parameters_as_the_module_does():
     assert build_optimizer(module, NAMO).param_groups[0]["param_names"] == [
         "backbone.0.weight",
         "backbone.3.weight",
-        "head.weight",
     ]
 
 

@@ -138,7 +138,7 @@ def test_groups_that_are_added_later_have_the_suggested_rate(entry):
     training.fit(module)
     module.backbone.requires_grad_(True)
     training.optimizers[0].add_param_group({"params": list(module.backbone.parameters())})
-    assert [group["lr"] for group in training.optimizers[0].param_groups] == [0.3] * 4
+    assert [group["lr"] for group in training.optimizers[0].param_groups] == [0.3] * 3
 
 
 @both_entries

@@ -22,7 +22,7 @@ def test_a_run_leaves_a_card_beside_its_checkpoints(tmp_path, optimizer):
     assert "- micro-batches accumulated: 2" in card
     assert re.search(r"- git commit: (none|[0-9a-f]{40})", card)
     assert f"## {optimizer.__name__}" in card
-    assert re.search(r"head\.weight +3 x 10 +adamw +glob 'head\.weight' in adamw", card)
+    assert re.search(r"head\.weight +3 x 10 +adamw +sure +glob 'head\.weight' in adamw", card)
     assert ("rank 0: 2 matrices" in card) == (optimizer is NAMO)
 
 

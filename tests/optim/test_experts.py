@@ -209,7 +209,7 @@ class Model(nn.Module):
 
 
 def test_batches_are_found_and_the_table_says_what_was_assumed() -> None:
-    groups = split_parameters(Model(), adamw="*.bias")
+    groups = split_parameters(Model(), adamw="*.bias", first_layers="matrix")
     routes = {route.name: route for route in groups.routes}
     assert routes["known.weight"].reason == "3 matrices 5 x 4, output features as rows, declared by Experts"
     assert routes["turned.weight"].reason == "3 matrices 5 x 4, input features as rows, declared by Experts"
@@ -228,12 +228,13 @@ def test_batches_are_found_and_the_table_says_what_was_assumed() -> None:
 def test_the_user_says_what_is_a_batch_and_how_it_is_stored() -> None:
     model = Model()
     keys = {"adamw": "*.bias", "matrix": "known.weight", "transposed": "unknown.*ght", "blocks": {"turned.weight": 2}}
+    keys["first_layers"] = "matrix"
     optimizer = build_optimizer(model, NAMO, **keys)
     group = {p: g for g in optimizer.param_groups for p in g["params"]}
     assert "batched" not in group[model.known.weight]
     assert (group[model.unknown.weight]["batched"], group[model.unknown.weight]["transposed"]) == (True, True)
     assert group[model.turned.weight]["blocks"] == 2
-    optimizer = build_optimizer(model, NAMO, adamw="*.bias", batched="grouped.weight")
+    optimizer = build_optimizer(model, NAMO, adamw="*.bias", batched="grouped.weight", first_layers="matrix")
     group = {p: g for g in optimizer.param_groups for p in g["params"]}
     assert group[model.grouped.weight]["batched"] is True
     with pytest.raises(ValueError, match=r"one glob to decide on known\.weight"):
@@ -248,7 +249,7 @@ def test_the_user_says_what_is_a_batch_and_how_it_is_stored() -> None:
 
 def test_grouped_convolutions_are_trained_as_their_groups() -> None:
     model = Model()
-    optimizer = build_optimizer(model, NAMOD, lr=0.1, **EXACT)
+    optimizer = build_optimizer(model, NAMOD, lr=0.1, first_layers="matrix", **EXACT)
     weights = {name: getattr(model, name).weight for name in ("grouped", "up")}
     parts = {
         name: [nn.Parameter(part.detach().flatten(1).clone()) for part in weight.chunk(3 if name == "grouped" else 2)]

@@ -32,7 +32,7 @@ def late_module() -> tuple[nn.Module, OrthogonalizedOptimizer]:
     """A module of two layers and an optimizer that was built while the second was frozen."""
     module = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     module[1].requires_grad_(False)
-    optimizer = NAMO(split_parameters(module), lr=0.1, adamw_lr=0.01)
+    optimizer = NAMO(split_parameters(module, heads="matrix"), lr=0.1, adamw_lr=0.01)
     module[1].requires_grad_(True)
     return module, optimizer
 
@@ -57,7 +57,7 @@ def test_numbers_of_other_types_become_plain(cls, number):
 def test_a_group_added_during_warm_up_ends_at_the_learning_rate_of_the_others(steps):
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     module[1].requires_grad_(False)
-    optimizer = NAMO(split_parameters(module), lr=0.01, adamw_lr=0.002)
+    optimizer = NAMO(split_parameters(module, heads="matrix"), lr=0.01, adamw_lr=0.002)
     scheduler = WarmupStableDecay(warmup=10)(optimizer)
     for step in range(12):
         if step == steps:

@@ -288,7 +288,7 @@ def test_numbers_of_the_command_line_and_of_numpy_are_taken():
 def test_a_group_of_both_kinds_takes_the_keys_of_both():
     module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     module[1].requires_grad_(False)
-    optimizer = NAMO(split_parameters(module))
+    optimizer = NAMO(split_parameters(module, heads="matrix"))
     module[1].requires_grad_(True)
     optimizer.add_param_group({"params": list(module[1].parameters()), "ns_steps": 3, "betas": (0.7, 0.8)})
     adamw, matrices = optimizer.param_groups[-2:]

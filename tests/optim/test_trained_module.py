@@ -152,7 +152,7 @@ def run_steps(optimizer: torch.optim.Optimizer, count: int) -> None:
 def test_a_parameter_unfrozen_behind_the_optimizers_back_is_warned_of_once() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
     module[0].requires_grad_(False)
-    optimizer = NAMO(split_parameters(module))
+    optimizer = NAMO(split_parameters(module, heads="matrix"))
     module.requires_grad_(True)
     for _ in range(2):
         module(torch.ones(2, 4)).sum().backward()

@@ -213,13 +213,26 @@ def test_heads_are_matrices_for_those_who_want_it() -> None:
         split_parameters(model, heads="muon")
 
 
-def test_a_head_alone_is_not_enough_to_train_and_the_message_says_what_is() -> None:
+def test_a_head_is_trained_alone_while_all_matrices_are_frozen() -> None:
     model = frozen_backbone()
     model["hidden"].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"Use AdamW: build_optimizer has nothing to orthogonalize\. heads='matrix'"):
-        build_optimizer(model, NAMO)
-    optimizer = build_optimizer(model, NAMO, heads="matrix")
-    assert [group["param_names"] for group in optimizer.param_groups] == [["head.weight"], ["head.bias"]]
-    for parameter in model["head"].parameters():
+    groups = split_parameters(model)
+    assert "Nothing is orthogonalized until frozen matrices are trained: AdamW trains the head alone." in str(groups)
+    optimizer, head = build_optimizer(model, NAMO, lr=0.1, adamw_lr=0.01), model["head"]
+    before = head.weight.detach().clone()
+    for parameter in head.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
+    torch.testing.assert_close(before - head.weight, torch.full_like(before, 0.01), rtol=1e-5, atol=0)
+    model["hidden"].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model["hidden"].parameters())})
+    assert [group["name"] for group in optimizer.param_groups] == ["adamw", "adamw_2", "matrices"]
+    of_heads = build_optimizer(frozen_backbone(), NAMO, heads="matrix", adamw="hidden.weight")
+    assert of_heads.param_groups[0]["param_names"] == ["head.weight"]
+
+
+def test_a_head_alone_without_matrices_has_nothing_to_orthogonalize() -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.LayerNorm(4))
+    model.head = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="Use AdamW: build_optimizer has nothing to orthogonalize"):
+        build_optimizer(model, NAMO)

@@ -124,8 +124,8 @@ def test_a_module_without_a_matrix_is_refused_with_what_there_is() -> None:
     with pytest.raises(ValueError, match="trainable matrix") as error:
         split_parameters(model)
     assert str(error.value) == (
-        "Expected a trainable matrix in Sequential. Got 2 norm, 1 embedding. Use AdamW: build_optimizer has nothing to "
-        "orthogonalize. Or name matrices with orthogonalize=('glob', ...)."
+        "Expected a trainable matrix to orthogonalize in Sequential. Got 2 norm, 1 embedding. Use AdamW: "
+        "build_optimizer has nothing to orthogonalize. Or name matrices with orthogonalize=('glob', ...)."
     )
     with pytest.raises(ValueError, match=r"Got no trainable parameter\."):
         split_parameters(nn.ReLU())

@@ -67,6 +67,11 @@ class Known(pl.LightningModule):
         return torch.stack(losses).sum()
 
 
+def watching(optimizer: Any, **keys: Any) -> OptimizerCallback:
+    """The callback; the last layer of `Known` is as good a matrix as the others."""
+    return OptimizerCallback(optimizer, heads="matrix", **keys)
+
+
 def fit(callback: pl.Callback, module: pl.LightningModule, logger: Any, data: Any, **keys: Any) -> pl.Trainer:
     quiet_trainer = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = pl.Trainer(accelerator="cpu", logger=logger, callbacks=[callback], **quiet_trainer, **keys)
@@ -95,7 +100,7 @@ def quiet(cls: Any = NAMO, **keys: Any) -> Any:
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("cls", [NAMO, NAMOD])
 def test_a_known_signal_is_read_back_within_two_percent(tmp_path: Path, cls: Any, nesterov: bool) -> None:
-    found = train(tmp_path, OptimizerCallback(quiet(cls, nesterov=nesterov)), Known())
+    found = train(tmp_path, watching(quiet(cls, nesterov=nesterov)), Known())
     for name, rho in FRACTIONS.items():
         of_name = found[f"signal_fraction/{name}.weight"]
         settled = [value for step, value in of_name.items() if step >= 200]
@@ -111,7 +116,7 @@ def test_a_known_signal_is_read_back_within_two_percent(tmp_path: Path, cls: Any
 
 
 def known_under_fsdp2(rank: int, folder: str, name: str, nesterov: bool, own_noise: bool) -> Any:
-    callback = OptimizerCallback(quiet({"NAMO": NAMO, "NAMOD": NAMOD}[name], nesterov=nesterov))
+    callback = watching(quiet({"NAMO": NAMO, "NAMOD": NAMOD}[name], nesterov=nesterov))
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     with mock.patch("torchmetrics.metric.gather_all_tensors", side_effect=AssertionError("a collective")):
         train(
@@ -142,7 +147,7 @@ def test_a_known_signal_is_read_back_under_fsdp2(tmp_path: Path, name: str, nest
 
 
 def test_noise_is_given_as_a_bound(tmp_path: Path) -> None:
-    found = train(tmp_path, OptimizerCallback(quiet()), Known({"none": 0.0, "clear": 0.5}))
+    found = train(tmp_path, watching(quiet()), Known({"none": 0.0, "clear": 0.5}))
     of_noise = found["signal_fraction_at_most/none.weight"]
     assert len(of_noise) >= 28
     assert of_noise[STEPS - 1] < 0.02
@@ -162,7 +167,7 @@ class Swinging(Known):
 
 
 def test_a_signal_that_swings_is_no_bound_and_no_noise_scale(tmp_path: Path) -> None:
-    callback = OptimizerCallback(quiet())
+    callback = watching(quiet())
     found = train(tmp_path, callback, Swinging({"a": 0.5, "b": 0.6}))
     assert found["signal_fraction_negative/a.weight"][STEPS - 1] < 0
     noise_scales = [step for tag in found if tag.startswith("noise_scale") for step in found[tag]]
@@ -188,7 +193,7 @@ class WithTokens(Noise):
 def test_samples_and_tokens_of_all_micro_batches_count(tmp_path: Path) -> None:
     callback = ReadingLog()
     module = Tokens()
-    module.configure_optimizers = optimize_with(NAMO, lr=1e-3).__get__(module)  # type: ignore[method-assign]
+    module.configure_optimizers = optimize_with(NAMO, lr=1e-3, heads="matrix").__get__(module)  # type: ignore[method-assign]
     data = DataLoader(WithTokens(BATCH * 180), BATCH)
     fit(callback, module, CSVLogger(tmp_path), data, accumulate_grad_batches=3, log_every_n_steps=5, max_steps=60)
     assert (callback._batch, callback._batch_tokens) == (3 * BATCH, 3 * BATCH * 100)
@@ -216,27 +221,27 @@ def test_single_matrices_and_aggregates_can_be_switched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, matrices: bool | None, aggregates: bool, most: int, tags: set[str]
 ) -> None:
     monkeypatch.setattr("lightning_namo.telemetry.reading_log.MOST_MATRICES", most)
-    callback = OptimizerCallback(quiet(), log_matrices=matrices, log_aggregates=aggregates)
+    callback = watching(quiet(), log_matrices=matrices, log_aggregates=aggregates)
     found = train(tmp_path, callback, Known(), steps=20)
     assert {tag.partition("/")[2] for tag in found if tag.startswith("step_scale/")} == tags
 
 
 def test_what_rules_report_is_logged_by_its_name(tmp_path: Path) -> None:
-    found = train(tmp_path / "namod", OptimizerCallback(quiet(NAMOD)), Known(), steps=20)
+    found = train(tmp_path / "namod", watching(quiet(NAMOD)), Known(), steps=20)
     names = {tag.partition("/")[0] for tag in found} - {"epoch", "hp_metric"}
     of_columns = {
         f"{name}{of}" for name in ("step_scale", "effective_step", "effective_decay") for of in ("", "_min", "_max")
     }
     assert names >= of_columns | {"at_lower_clamp", "at_upper_clamp", "at_cap", "skipped_steps"}
     assert all(found["step_scale_min/low.weight"][s] <= v for s, v in found["step_scale/low.weight"].items())
-    of_muon = train(tmp_path / "muon", OptimizerCallback(quiet(Muon)), Known(), steps=20)
+    of_muon = train(tmp_path / "muon", watching(quiet(Muon)), Known(), steps=20)
     assert {tag.partition("/")[0] for tag in of_muon} >= {"effective_step", "effective_decay", "skipped_steps"}
     assert of_muon["effective_step/low.weight"][9] == pytest.approx(1e-3 * 0.2 * math.sqrt(32))
     assert of_muon["effective_decay/low.weight"][9] == pytest.approx(1e-3 * 0.1)
 
 
 def test_a_short_last_batch_is_not_the_batch(tmp_path: Path) -> None:
-    callback = OptimizerCallback(quiet())
+    callback = watching(quiet())
     data = DataLoader(Noise(BATCH * 80 + 1), BATCH)
     keys = {"accumulate_grad_batches": 2, "log_every_n_steps": 7, "max_epochs": 1}
     trainer = fit(callback, Known(), CSVLogger(tmp_path), data, **keys)
@@ -261,7 +266,7 @@ def test_batches_of_unlike_tensors_have_no_size_until_it_is_said(tmp_path: Path)
 
     def logged(folder: Path, log: ReadingLog) -> dict[str, dict[int, float]]:
         module = Two()
-        module.configure_optimizers = optimize_with(NAMO, lr=1e-3).__get__(module)  # type: ignore[method-assign]
+        module.configure_optimizers = optimize_with(NAMO, lr=1e-3, heads="matrix").__get__(module)  # type: ignore[method-assign]
         data = DataLoader(Unlike(BATCH * 100), BATCH, collate_fn=collate)
         fit(log, module, TensorBoardLogger(folder, name="", version=""), data, log_every_n_steps=10, max_steps=100)
         return curves(folder)
@@ -307,7 +312,7 @@ def test_two_optimizers_by_hand_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_second_fit_knows_nothing_of_the_first(tmp_path: Path) -> None:
-    callback = OptimizerCallback(quiet())
+    callback = watching(quiet())
     train(tmp_path / "first", callback, Known(), steps=40)
     train(tmp_path / "second", callback, Known({"other": 0.5}), steps=40)
     assert set(callback.readings._signals) == {"other.weight"}
@@ -315,7 +320,7 @@ def test_a_second_fit_knows_nothing_of_the_first(tmp_path: Path) -> None:
 
 def test_readings_are_logged_once(tmp_path: Path) -> None:
     """A step that is not taken, as of AMP after an overflow, has none, rather than those of the step before."""
-    callback, module = OptimizerCallback(quiet()), Known()
+    callback, module = watching(quiet()), Known()
     train(tmp_path, callback, module, steps=20)
     assert "step_scale/low.weight" in curves(tmp_path)
     (optimizer,) = module.trainer.optimizers
@@ -330,7 +335,7 @@ class Spoiled(Known):
 
 def test_a_skipped_step_is_counted_and_reads_nothing_else(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="updates of matrices"):
-        found = train(tmp_path, OptimizerCallback(quiet()), Spoiled(), steps=20)
+        found = train(tmp_path, watching(quiet()), Spoiled(), steps=20)
     assert found["skipped_steps/low.weight"] == {9: 1.0, 19: 1.0}
     assert set(found["step_scale/low.weight"]) == {19}
 
