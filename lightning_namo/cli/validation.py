@@ -30,7 +30,7 @@ from lightning_namo.integration.build import make_optimizer
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.schedules import WarmupStableDecay
-from lightning_namo.routing.split import split_parameters
+from lightning_namo.routing.split import ROUTING, split_parameters
 
 _REFUSALS = (ArithmeticError, RuntimeError, TypeError, ValueError)  # what constructors raise for their arguments
 _KEYWORDS = ("last", "best", "hpc", "registry")  # Lightning's, in place of the path of a checkpoint
@@ -93,7 +93,7 @@ def check_sections(sections: Namespace) -> None:
     for key in ("trainer", "optim", "model", "data"):
         if not isinstance(sections.get(key), Namespace):
             raise ValueError(f"Expected options under {key}:. Got {sections.get(key)!r}.")
-    for key in ("optimizer", *OptimizerCallback.ROUTING, "adopt_state"):
+    for key in ("optimizer", *ROUTING, "adopt_state"):
         if sections.optim.get(key) is None and key != "blocks":
             raise ValueError(f"Expected --optim.{key} to have a value. Got null.")
     for key in ("optimizer", "schedule"):

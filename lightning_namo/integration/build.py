@@ -13,7 +13,7 @@ from lightning_namo.checkpoint.numbering import number_by_module
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.routing.candidates import Side
 from lightning_namo.routing.globs import Blocks
-from lightning_namo.routing.split import ParameterGroups, split_parameters
+from lightning_namo.routing.split import ROUTING, ParameterGroups, split_parameters
 
 Globs: TypeAlias = str | Sequence[str]
 AnyOptimizer = TypeVar("AnyOptimizer", bound=Optimizer)
@@ -64,19 +64,10 @@ def build_optimizer(
         ValueError: For globs that match nothing or contradict each other, no matrix, hyper-parameters out of range, and
             under DeepSpeed.
     """
+    given = locals()
     check_callable("build_optimizer", cls)
     check_strategy(module)
-    routing: dict[str, Any] = {
-        "adamw": adamw,
-        "orthogonalize": orthogonalize,
-        "blocks": blocks,
-        "batched": batched,
-        "transposed": transposed,
-        "matrix": matrix,
-        "heads": heads,
-        "first_layers": first_layers,
-    }
-    groups = split_parameters(module, **routing)
+    groups = split_parameters(module, **{key: given[key] for key in ROUTING})
     return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
 
 

@@ -22,7 +22,7 @@ from lightning_namo.optim.groups import GroupedOptimizer
 from lightning_namo.optim.schedules import WarmupStableDecay
 from lightning_namo.routing.candidates import Side
 from lightning_namo.routing.globs import Blocks
-from lightning_namo.routing.split import ParameterGroups, split_parameters
+from lightning_namo.routing.split import ROUTING, ParameterGroups, split_parameters
 
 Schedule: TypeAlias = WarmupStableDecay | Callable[[Optimizer], LRScheduler]
 
@@ -75,21 +75,12 @@ def optimize_with(
         >>> class LitModel(pl.LightningModule):
         ...     configure_optimizers = optimize_with(NAMOD, lr=0.009, clamp=0.1)
     """
+    given = locals()
     check_callable("optimize_with", cls)
-    routing: dict[str, Any] = {
-        "adamw": adamw,
-        "orthogonalize": orthogonalize,
-        "blocks": blocks,
-        "batched": batched,
-        "transposed": transposed,
-        "matrix": matrix,
-        "heads": heads,
-        "first_layers": first_layers,
-    }
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
         check_strategy(self)
-        groups = split_parameters(wrapped(self), **routing)
+        groups = split_parameters(wrapped(self), **{key: given[key] for key in ROUTING})
         return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper), adopt_state), schedule)
 
     return configure_optimizers

@@ -22,7 +22,7 @@ from lightning_namo.optim.namo import NAMO
 from lightning_namo.optim.schedules import WarmupStableDecay
 from lightning_namo.routing.candidates import Side
 from lightning_namo.routing.globs import Blocks
-from lightning_namo.routing.split import split_parameters
+from lightning_namo.routing.split import ROUTING, split_parameters
 from lightning_namo.sharding.agreement import check_same
 from lightning_namo.telemetry.reading_log import ReadingLog
 
@@ -64,8 +64,6 @@ class OptimizerCallback(pl.Callback):
         >>> trainer = pl.Trainer(callbacks=[OptimizerCallback(partial(NAMOD, lr=0.009))], logger=False)
     """
 
-    ROUTING = ("adamw", "orthogonalize", "blocks", "batched", "transposed", "matrix", "heads", "first_layers")
-
     def __init__(
         self,
         optimizer: Callable[[Any], Optimizer] = NAMO,
@@ -99,7 +97,7 @@ class OptimizerCallback(pl.Callback):
     @property
     def routing(self) -> dict[str, Any]:
         """The arguments of `split_parameters`."""
-        return {key: getattr(self, key) for key in self.ROUTING}
+        return {key: getattr(self, key) for key in ROUTING}
 
     def attach(self, module: pl.LightningModule) -> None:
         """Give a module this callback's ``configure_optimizers``, until the fit ends.

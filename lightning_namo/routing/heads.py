@@ -20,7 +20,7 @@ _VISION = {"torchvision", "timm"}  # whose models call their head fc
 _BODY = {"pool", "pooler", "pooling", "projection", "projector", "connector", "merger", "adapter"}
 
 
-def find_heads(tree: Tree, candidates: list[Candidate]) -> dict[nn.Parameter, Reason]:
+def find_heads(tree: Tree, back: set[nn.Parameter]) -> dict[nn.Parameter, Reason]:
     """The weights of output heads that are declared, or called so outside of blocks, with the reason for each.
 
     One that is called so, but as wide as the model, may well be hidden: "please check".
@@ -30,7 +30,6 @@ def find_heads(tree: Tree, candidates: list[Candidate]) -> dict[nn.Parameter, Re
     for head, cls in _declared(tree.root):
         if head in paths:
             heads |= dict.fromkeys(_outputs(paths[head], tree), Reason(f"{OUTPUT_HEAD}, declared by {cls}"))
-    back = _leading_back(tree, candidates)
     named: list[tuple[str, ...]] = []
     for path in tree.modules:
         if any(path[: len(outer)] == outer for outer in named) or not _is_called_head(path, tree):
@@ -45,7 +44,7 @@ def find_heads(tree: Tree, candidates: list[Candidate]) -> dict[nn.Parameter, Re
     return heads
 
 
-def _leading_back(tree: Tree, candidates: list[Candidate]) -> set[nn.Parameter]:
+def leading_back(tree: Tree, candidates: list[Candidate]) -> set[nn.Parameter]:
     """Weights as wide as what embeddings give or norms take, and not much narrower than what they read."""
     widths = {module.embedding_dim for module in tree.modules.values() if isinstance(module, EMBEDDINGS)}
     widths |= {c.shape[0] for c in candidates for use in c.uses if is_norm(use.owner) and len(c.shape) == 1}
@@ -100,7 +99,7 @@ def _maps(path: tuple[str, ...], tree: Tree) -> bool:
     return (is_linear(module) or isinstance(module, CONVS)) and not is_part
 
 
-def judge_last(tree: Tree, candidates: list[Candidate]) -> tuple[list[Candidate], str | None]:
+def judge_last(tree: Tree, candidates: list[Candidate], back: set[nn.Parameter]) -> tuple[list[Candidate], str | None]:
     """The weights of the last layer, where it is a Linear outside of blocks that follows a matrix.
 
     Returns:
@@ -118,7 +117,6 @@ def judge_last(tree: Tree, candidates: list[Candidate]) -> tuple[list[Candidate]
         return found, "the last layer, a convolution: an output?"
     vocabularies = {module.num_embeddings for module in tree.modules.values() if isinstance(module, EMBEDDINGS)}
     called = {word for part in last.path[-3:] for word in words(part)} & _BODY
-    back = _leading_back(tree, candidates)
     if any(c.parameter in back or (called and c.rows not in vocabularies) for c in found):
         because = f"called {min(called)}" if called else "as wide as the model"
         beside = [
@@ -131,14 +129,14 @@ def judge_last(tree: Tree, candidates: list[Candidate]) -> tuple[list[Candidate]
     return found, None
 
 
-def as_wide_as_tables(tree: Tree, candidates: list[Candidate]) -> list[Candidate]:
+def as_wide_as_tables(tree: Tree, candidates: list[Candidate], back: set[nn.Parameter]) -> list[Candidate]:
     """Matrices of Linears outside of blocks that are as wide as an embedding is long, and that no later Linear reads.
 
     That may be chance (two labels, two types of tokens) or an output head of another name than heads have.
     """
     vocabularies = {module.num_embeddings for module in tree.modules.values() if isinstance(module, EMBEDDINGS)}
     linears = [c for c in candidates if is_weight(c.uses[0]) and is_linear(c.uses[0].owner)]
-    back, found, read = _leading_back(tree, candidates), [], set[int]()
+    found, read = [], set[int]()
     for candidate in reversed(linears):
         path = candidate.uses[0].path
         is_wide = candidate.rows in vocabularies and candidate.rows not in read and candidate.parameter not in back

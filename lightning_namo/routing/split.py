@@ -21,12 +21,15 @@ from lightning_namo.routing.batches import find_batch
 from lightning_namo.routing.candidates import OUTPUT_HEAD, Candidate, Reason, Side, Use, times
 from lightning_namo.routing.fused import adapter_blocks, find_fused, possible
 from lightning_namo.routing.globs import Blocks, overrule, set_batches, set_blocks
-from lightning_namo.routing.heads import as_wide_as_tables, find_heads, judge_last
+from lightning_namo.routing.heads import as_wide_as_tables, find_heads, judge_last, leading_back
 from lightning_namo.routing.layers import EMBEDDINGS, Tree
 from lightning_namo.routing.reasons import decide, first_layer, is_depthwise, is_weight
 from lightning_namo.sharding.batch import Box
 from lightning_namo.sharding.discovery import find_regions, reshard
 from lightning_namo.sharding.layout import ShardRegion
+
+ROUTING = ("adamw", "orthogonalize", "blocks", "batched", "transposed", "matrix", "heads", "first_layers")
+"""The arguments that decide on the routes."""
 
 
 class ParameterGroups(list[dict[str, Any]]):
@@ -147,17 +150,7 @@ def split_parameters(
         >>> groups = split_parameters(model, adamw="*.gate.weight", blocks={"*.qkv.weight": 3})
         >>> print(groups)
     """
-    groups = route_parameters(
-        module,
-        adamw=adamw,
-        orthogonalize=orthogonalize,
-        blocks=blocks,
-        batched=batched,
-        transposed=transposed,
-        matrix=matrix,
-        heads=heads,
-        first_layers=first_layers,
-    )
+    groups = route_parameters(**locals())
     if not any(group["orthogonalize"] for group in groups) and not groups.waits:
         raise ValueError(_nothing(module, groups))
     return groups
@@ -165,15 +158,14 @@ def split_parameters(
 
 def route_parameters(
     module: nn.Module,
-    *,
-    adamw: str | Iterable[str] = (),
-    orthogonalize: str | Iterable[str] = (),
-    blocks: Blocks | None = None,
-    batched: str | Iterable[str] = (),
-    transposed: str | Iterable[str] = (),
-    matrix: str | Iterable[str] = (),
-    heads: Side = "adamw",
-    first_layers: Side = "adamw",
+    adamw: str | Iterable[str],
+    orthogonalize: str | Iterable[str],
+    blocks: Blocks | None,
+    batched: str | Iterable[str],
+    transposed: str | Iterable[str],
+    matrix: str | Iterable[str],
+    heads: Side,
+    first_layers: Side,
 ) -> ParameterGroups:
     """As `split_parameters`, also for a module without a trainable matrix."""
     if not isinstance(module, nn.Module):
@@ -204,7 +196,8 @@ def route_parameters(
 
 def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: Side) -> None:
     """Decide on every parameter; on heads and first layers as the user says."""
-    of_heads = find_heads(tree, candidates)
+    back = leading_back(tree, candidates)
+    of_heads = find_heads(tree, back)
     for candidate in candidates:
         decide(candidate, tree)
         if candidate.is_matrix and candidate.parameter in of_heads:
@@ -217,13 +210,13 @@ def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: S
     for candidate, words in first.items() if None in first.values() else ():  # else there is no body after them
         if words is not None:
             _send(candidate, Reason(words, "assumed"), first_layers)
-    last, doubt = judge_last(tree, candidates)
+    last, doubt = judge_last(tree, candidates, back)
     for candidate in last:
         if doubt is None:
             _send(candidate, Reason(f"{OUTPUT_HEAD}, the last Linear, which nothing follows", "assumed"), heads)
         elif OUTPUT_HEAD not in ", ".join(candidate.notes):
             _send(candidate, Reason(doubt, "please check"), heads)
-    for candidate in as_wide_as_tables(tree, candidates):
+    for candidate in as_wide_as_tables(tree, candidates, back):
         if not candidate.notes:
             _send(candidate, Reason("as wide as an embedding is long: an output?", "please check"), heads)
 

@@ -23,7 +23,13 @@ TEXT: dict[str, Any] = {
 }
 GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2}
+SIZES = {"layers": 2, "ffn_dim": 48, "attention_heads": 4}
 VISION = {**TEXT, "image_size": 32, "patch_size": 8, "num_labels": 10}
+BOTH: dict[str, Any] = {
+    "vocab_size": 96,
+    "d_model": 32,
+    **{f"{side}_{size}": value for side in ("encoder", "decoder") for size, value in SIZES.items()},
+}
 MAMBA = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
 
 
@@ -254,14 +260,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "bart_classification": _model(
         "BartConfig",
         "BartForSequenceClassification",
-        vocab_size=96,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
+        BOTH,
         max_position_embeddings=24,
     ),
     # images
@@ -337,14 +336,7 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
     "whisper": _model(
         "WhisperConfig",
         "WhisperForConditionalGeneration",
-        vocab_size=96,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
+        BOTH,
         pad_token_id=0,
     ),
     "wav2vec2_pretraining": _model(
