@@ -30,12 +30,12 @@ def find_heads(tree: Tree, back: set[nn.Parameter]) -> dict[nn.Parameter, Reason
     for head, cls in _declared(tree.root):
         if head in paths:
             heads |= dict.fromkeys(_outputs(paths[head], tree), Reason(f"{OUTPUT_HEAD}, declared by {cls}"))
-    named: list[tuple[str, ...]] = []
+    outer: tuple[str, ...] | None = None
     for path in tree.modules:
-        if any(path[: len(outer)] == outer for outer in named) or not _is_called_head(path, tree):
+        is_inside = outer is not None and path[: len(outer)] == outer
+        if is_inside or not _is_called_head(path, tree):
             continue
-        named.append(path)
-        called = path[-1]
+        outer, called = path, path[-1]
         for parameter in _outputs(path, tree):
             doubt = called not in _SURE | {"head"} and "head" in words(called) and parameter in back
             how: Confidence = "sure" if called in _SURE else "please check" if doubt else "assumed"

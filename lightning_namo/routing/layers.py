@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -73,9 +74,14 @@ class Tree:
         """Every module by its cleaned path; where modules share one, the innermost."""
         return dict(self.all)
 
+    @cached_property
+    def _places(self) -> dict[tuple[str, ...], int]:
+        return {path: place for place, path in enumerate(self.modules)}
+
     def inside(self, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], nn.Module]]:
         """A module and all in it, in order."""
-        return [(at, module) for at, module in self.modules.items() if at[: len(path)] == path]
+        following = itertools.islice(self.modules.items(), self._places[path], None)
+        return list(itertools.takewhile(lambda item: item[0][: len(path)] == path, following))
 
     def children(self, path: tuple[str, ...]) -> dict[str, nn.Module]:
         """The modules right in a module, by name."""
