@@ -55,7 +55,16 @@ def _named(path: str) -> Callable[..., nn.Module]:
     if not callable(found):
         raise ValueError(f"Expected a config (YAML), a module's class or a function that makes one. Got {path!r}.")
     configuration = getattr(found, "config_class", None)
-    return found if configuration is None else lambda **arguments: found(configuration(**arguments))
+    if configuration is None:
+        return found  # type: ignore[no-any-return]
+
+    def make(**arguments: Any) -> nn.Module:
+        unknown = [name for name in arguments if not hasattr(configuration(), name)]  # it would take them silently
+        if unknown:
+            raise ValueError(f"{configuration.__name__} has no {', '.join(unknown)}")
+        return found(configuration(**arguments))  # type: ignore[no-any-return]
+
+    return make
 
 
 def _built(make: Callable[[], nn.Module], data: LightningDataModule | None, name: str) -> nn.Module:

@@ -22,7 +22,7 @@ from lightning_namo.optim.groups import GroupedOptimizer
 from lightning_namo.optim.schedules import WarmupStableDecay
 from lightning_namo.routing.candidates import Side
 from lightning_namo.routing.globs import Blocks
-from lightning_namo.routing.split import ROUTING, ParameterGroups, split_parameters
+from lightning_namo.routing.split import ROUTING, ParameterGroups, check_routing, split_parameters
 
 Schedule: TypeAlias = WarmupStableDecay | Callable[[Optimizer], LRScheduler]
 
@@ -77,6 +77,7 @@ def optimize_with(
     """
     given = locals()
     check_callable("optimize_with", cls)
+    check_routing(given)
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
         check_strategy(self)

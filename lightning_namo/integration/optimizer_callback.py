@@ -22,7 +22,7 @@ from lightning_namo.optim.namo import NAMO
 from lightning_namo.optim.schedules import WarmupStableDecay
 from lightning_namo.routing.candidates import Side
 from lightning_namo.routing.globs import Blocks
-from lightning_namo.routing.split import ROUTING, split_parameters
+from lightning_namo.routing.split import ROUTING, check_routing, split_parameters
 from lightning_namo.sharding.agreement import check_same
 from lightning_namo.telemetry.reading_log import ReadingLog
 
@@ -88,6 +88,7 @@ class OptimizerCallback(pl.Callback):
         self.blocks = blocks
         self.batched, self.transposed, self.matrix = batched, transposed, matrix
         self.heads, self.first_layers = heads, first_layers
+        check_routing(self.routing)
         self.adopt_state = adopt_state
         self.log_matrices, self.log_aggregates = log_matrices, log_aggregates
         self.readings = ReadingLog(log_matrices, log_aggregates)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_namo.routing.candidates import Candidate
-from lightning_namo.routing.layers import CONVS, Tree, class_words, is_layer
-from lightning_namo.routing.names import words
+from lightning_namo.routing.layers import CONVS, Tree, class_words
+from lightning_namo.routing.names import class_name, words
+from lightning_namo.routing.reasons import is_weight
 from lightning_namo.sharding.batch import Batched
 
 # How transformers' classes that do not declare it keep bare parameters: by their labels (the last one: all others),
 # whether they are batches of matrices (or what says how many are in dimension 0), and whether input features are rows.
 _KNOWN: dict[str, dict[str, tuple[bool | str, bool]]] = {
+    "DeepseekV4GroupedLinear": {"bias": (False, False), "": ("n_groups", False)},
     "DbrxExpertGLU": {"w2": ("moe_num_experts", True), "": ("moe_num_experts", False)},
     "FunnelRelMultiheadAttention": {"": (False, True)},
     "GroupedLinearLayer": {"": (True, True)},  # ConvBERT's
@@ -46,12 +48,12 @@ def find_batch(candidate: Candidate, tree: Tree) -> None:
         candidate.notes.append(f"peft keeps {experts} experts' B in its columns, one in {experts}: no blocks of it")
     elif (known := _known(owner, label)) is not None:
         candidate.batched, candidate.turned = known
-        candidate.batch_words, candidate.confidence = f"as {type(owner).__name__} uses them", "sure"
+        candidate.batch_words, candidate.confidence = f"as {class_name(owner)} uses them", "sure"
         candidate.notes.clear()
-    elif len(shape) == 3 and min(shape[1:]) > 1 and not is_layer(owner):
+    elif len(shape) == 3 and min(shape[1:]) > 1 and not is_weight(candidate.uses[0]):
         candidate.batched = True
         if isinstance(getattr(owner, "is_transposed", None), bool):
-            candidate.batch_words, candidate.confidence = f"declared by {type(owner).__name__}", "sure"
+            candidate.batch_words, candidate.confidence = f"declared by {class_name(owner)}", "sure"
         else:
             candidate.batch_words = "assumed of a bare parameter: see batched, transposed, matrix"
             said = {"expert", "experts", "moe"} & (class_words(owner) | {w for part in path for w in words(part)})

@@ -11,15 +11,15 @@ from lightning_namo.routing.candidates import Candidate, Use
 from lightning_namo.routing.layers import Tree, class_words, is_layer, is_lora, role_path
 from lightning_namo.routing.names import words
 
-_QKV = {"c_attn", "qkv", "to_qkv", "qkv_proj", "wqkv", "in_proj_qkv", "in_proj_weight"}
+QKV = {"c_attn", "qkv", "to_qkv", "qkv_proj", "wqkv", "in_proj_weight"}
 _INTERLEAVED = {"query_key_value"}  # q, k and v of one head after those of another, as in BLOOM, GPT-NeoX, Falcon
-_INTERLEAVED_CLASSES = {"CodeGenAttention", "GPTBigCodeAttention", "MiniMaxLightningAttention"}
-_UNFUSED = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "to_q", "to_k", "to_v", "wq", "wk", "wv"}
-_UNFUSED |= {"q_proj_weight", "k_proj_weight", "v_proj_weight", "q_lin", "k_lin", "v_lin", "q", "k", "v"}
+_INTERLEAVED_CLASSES = {"CodeGenAttention", "MiniMaxLightningAttention"}
+UNFUSED = {"q_proj", "k_proj", "v_proj", "query", "key", "value", "to_q", "to_k", "to_v", "wq", "wk", "wv"}
+UNFUSED |= {"q_proj_weight", "k_proj_weight", "v_proj_weight", "q_lin", "k_lin", "v_lin", "q", "k", "v"}
 _GATED = {"gate_up_proj", "gate_up", "w12", "w13"}
 _HEADS = ("num_heads", "n_head", "n_heads", "num_attention_heads", "heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_query_groups", "n_kv_heads", "kv_heads")
-_HEAD_SIZE = ("head_dim", "head_size", "attention_head_size", "d_head", "size_per_head")
+_HEAD_SIZE = ("qk_head_dim", "head_dim", "head_size", "attention_head_size", "d_head", "size_per_head")
 
 
 HEAD_BY_HEAD = "q, k and v, head by head"
@@ -71,18 +71,16 @@ def _holder(use: Use, tree: Tree) -> nn.Module:
 
 
 def _attention(name: str, rows: int, columns: int, holder: nn.Module) -> Fused | None:
-    if name not in _QKV | _INTERLEAVED | _UNFUSED:
+    if name not in QKV | _INTERLEAVED | UNFUSED:
         return None
     heads, groups, size = (_number(holder, names) for names in (_HEADS, _KV_HEADS, _HEAD_SIZE))
-    is_interleaved = name in _INTERLEAVED or (
-        bool(_INTERLEAVED_CLASSES & {cls.__name__ for cls in type(holder).__mro__}) and rows == 3 * columns
-    )
-    if name in _UNFUSED:
-        size = size or (rows // heads if heads and name[0] == "q" else columns // heads if heads else 0)
+    if name in UNFUSED:
+        count = heads if name[0] == "q" or name.endswith("q") else groups or heads
+        size = size or (rows // count if count else 0)
         return Fused([rows], size if size and rows % size == 0 and rows > size else 0, "heads")
     size = size or (columns // heads if heads else 0)
     size = size if size and rows % size == 0 else 0
-    if is_interleaved:
+    if name in _INTERLEAVED or _is_interleaved(holder):
         return Fused([rows], size, HEAD_BY_HEAD)
     groups = groups or heads
     if heads and size and rows == (heads + 2 * groups) * size:
@@ -92,13 +90,32 @@ def _attention(name: str, rows: int, columns: int, holder: nn.Module) -> Fused |
     return Fused([rows // 3] * 3, size, "q, k and v") if rows == 3 * columns else None
 
 
+def _is_interleaved(holder: nn.Module) -> bool:
+    """Whether an attention stores q, k and v head by head: by its class or attributes, as the name does not say so."""
+    names = [(cls.__module__, cls.__name__) for cls in type(holder).__mro__]
+    if any(name in _INTERLEAVED_CLASSES or module == "timm.models.tiny_vit" for module, name in names):
+        return True
+    is_bigcode = any(name == "GPTBigCodeAttention" for _, name in names)
+    legacy = any("Legacy" in type(child).__name__ for child in holder.children())  # guided diffusion's
+    return (
+        (is_bigcode and not getattr(holder, "multi_query", True))
+        or legacy
+        or getattr(holder, "head_first", False) is True
+    )
+
+
 def _others(name: str, rows: int, holder: nn.Module) -> Fused | None:
+    if name == "in_proj_qkv":  # of Qwen's linear attention
+        key, value = (_number(holder, (n,)) for n in ("key_dim", "value_dim"))
+        is_known = key > 0 and value > 0 and 2 * key + value == rows
+        return Fused([key, key, value], parts="q, k and v") if is_known else None
     if name in _GATED and rows % 2 == 0:
         return Fused([rows // 2] * 2, parts="gate and up")
     is_state_space = {"mamba", "mamba2", "ssm"} & class_words(holder) or any(
         "a_log" in label.lower() for label, _ in holder.named_parameters(recurse=False)
     )
-    if name != "in_proj" or not is_state_space or type(holder).__name__ == "ZambaMambaMixer":  # whose are in pairs
+    in_pairs = any(cls.__name__ == "ZambaMambaMixer" for cls in type(holder).__mro__)
+    if name != "in_proj" or not is_state_space or in_pairs:
         return None
     inner, conv, heads = (_number(holder, (n,)) for n in ("intermediate_size", "conv_dim", "num_heads"))
     inner = inner or _number(holder, ("d_inner",))
@@ -112,7 +129,10 @@ def _number(holder: nn.Module, names: Iterable[str]) -> int:
     """The first of the attributes that the module or its configuration has as a whole number; 0: none."""
     for source in (holder, getattr(holder, "config", None)):
         for name in names:
-            value: Any = getattr(source, name, None)
+            try:
+                value: Any = getattr(source, name, None)
+            except (AttributeError, RuntimeError):  # configurations whose layers differ have no one number
+                continue
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return 0

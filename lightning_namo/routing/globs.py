@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, TypeAlias
 
 from lightning_namo.routing.candidates import Candidate
-from lightning_namo.routing.fused import Fused, blocks_of
+from lightning_namo.routing.fused import HEAD_BY_HEAD, Fused, blocks_of
 
 Automatic: TypeAlias = Literal["auto", "heads"]
 Blocks: TypeAlias = Automatic | Mapping[str, int | Sequence[int] | Automatic]
@@ -109,10 +109,13 @@ def set_blocks(candidates: list[Candidate], blocks: Blocks, known: Mapping[str, 
         if isinstance(asked, str):
             by_head, fused = _by_head(asked, f"blocks of {globs[0]!r}"), known.get(candidate.name)
             if fused is None or blocks_of(fused, by_head) == 1:
+                is_by_head = fused is not None and fused.parts == HEAD_BY_HEAD and fused.head > 0
+                advice = (
+                    "They are stored head by head: say 'heads'" if is_by_head else "Give their number or their rows"
+                )
                 raise ValueError(
                     f"Expected blocks={asked!r} to match matrices whose parts are known, but of {candidate.name} "
-                    f"{candidate.shape} no {'heads are' if by_head else 'parts are'} known. Give the number of its "
-                    "blocks, or their rows."
+                    f"{candidate.shape} no {'heads' if by_head else 'parts'} are known. {advice}."
                 )
             _divide(candidate, fused, by_head)
             continue
@@ -128,7 +131,7 @@ def set_blocks(candidates: list[Candidate], blocks: Blocks, known: Mapping[str, 
 
 def _by_head(asked: str, where: str) -> bool:
     if asked not in ("auto", "heads"):
-        raise ValueError(f"Expected {where} to be 'auto', 'heads', or numbers. Got {asked!r}.")
+        raise ValueError(f"Expected {where} to be 'auto', 'heads', a number or rows. Got {asked!r}.")
     return asked == "heads"
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
 from lightning_namo.routing.candidates import OUTPUT_HEAD, Candidate, Confidence, Reason
+from lightning_namo.routing.fused import QKV, UNFUSED
 from lightning_namo.routing.layers import CONVS, EMBEDDINGS, Tree, is_linear, is_lora, is_norm
-from lightning_namo.routing.names import words
+from lightning_namo.routing.names import class_name, words
 from lightning_namo.routing.reasons import is_weight
 
 _SURE = {"lm_head", "classifier", "score", "qa_outputs"}
 _WHOLE = {*_SURE, "seq_relationship", "class_embed", "logits_proj", "logits_dense"}
 _LAST_WORDS = {"head", "heads", "classifier", "classifiers", "score", "scores", "logits", "prediction", "predictions"}
-_NOT = {"pre", "pool", "pooler", "pooling", "multi", "attention", "attn"}  # pre_classifier, pooling heads
+_NOT = {"pre", "pool", "pooler", "pooling", "multi", "attention", "attn", "conv"}  # pre_classifier
 _OUTPUTS = ({"head", "classifier", "logits", "decoder"}, {"out", "output", "final"})  # of a head's layers, these first
 _VISION = {"torchvision", "timm"}  # whose models call their head fc
 _BODY = {"pool", "pooler", "pooling", "projection", "projector", "connector", "merger", "adapter"}
+_BODY |= {"modulation", "ada"}
 
 
 def find_heads(tree: Tree, back: set[nn.Parameter]) -> dict[nn.Parameter, Reason]:
@@ -63,7 +66,7 @@ def _declared(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
         except (AttributeError, NotImplementedError):  # base classes offer it to models that have no head
             continue
         if isinstance(head, nn.Module):
-            yield head, type(submodule).__name__
+            yield head, class_name(submodule)
 
 
 def _is_called_head(path: tuple[str, ...], tree: Tree) -> bool:
@@ -72,7 +75,9 @@ def _is_called_head(path: tuple[str, ...], tree: Tree) -> bool:
         return False
     named = [word for word in words(path[-1]) if not word.isdigit()]
     module, parent = tree.modules[path], tree.modules[path[:-1]]
-    is_fc = path[-1] == "fc" and type(parent).__module__.partition(".")[0] in _VISION
+    is_fc = path[-1] == "fc" and any(cls.__module__.partition(".")[0] in _VISION for cls in type(parent).__mro__)
+    if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+        return True
     is_named = path[-1] in _WHOLE or not _LAST_WORDS.isdisjoint(named[-1:]) or named[:1] == ["predict"] or is_fc
     return is_named and _NOT.isdisjoint([*named, *words(type(module).__name__)]) and not tree.in_block(path)
 
@@ -81,15 +86,33 @@ def _outputs(path: tuple[str, ...], tree: Tree) -> list[nn.Parameter]:
     """The weights of a head's output layer; its other layers are hidden, and all are if a norm follows them."""
     if isinstance(tree.modules[path], nn.ModuleList | nn.ModuleDict):  # several heads
         return [parameter for name in tree.children(path) for parameter in _outputs((*path, name), tree)]
+    module = tree.modules[path]
+    if isinstance(module, nn.AdaptiveLogSoftmaxWithLoss):
+        tails: Any = module.tail
+        return [module.head.weight, *(tail[-1].weight for tail in tails)]
     inside = tree.inside(path)
     layers = [(at, module) for at, module in inside if _maps(at, tree) and not tree.in_block(at, len(path))]
     if not layers:
         return [p for label, p in tree.modules[path].named_parameters(recurse=False) if label == "weight"]
     if is_norm([module for _, module in inside if next(module.parameters(recurse=False), None) is not None][-1]):
         return []
+    read = {_reads(module) for _, module in layers}
+    several = [m for _, m in layers if is_linear(m) and _gives(m) not in read]  # of boxes and classes
     called = [[module for at, module in layers if at != path and said & {*words(at[-1])}] for said in _OUTPUTS]
     outputs = next(filter(None, called), [module for _, module in layers])
-    return list(outputs[-1].parameters())
+    return [parameter for module in {outputs[-1]: 0, **dict.fromkeys(several)} for parameter in module.parameters()]
+
+
+def _gives(module: nn.Module) -> int:
+    """The features that a Linear, transformers' Conv1D or a convolution gives."""
+    sizes = (getattr(module, name, None) for name in ("out_features", "nf", "out_channels"))
+    return next((size for size in sizes if isinstance(size, int)), 0)
+
+
+def _reads(module: nn.Module) -> int:
+    """The features that one reads."""
+    sizes = (getattr(module, name, None) for name in ("in_features", "nx", "in_channels"))
+    return next((size for size in sizes if isinstance(size, int)), 0)
 
 
 def _maps(path: tuple[str, ...], tree: Tree) -> bool:
@@ -129,18 +152,27 @@ def judge_last(tree: Tree, candidates: list[Candidate], back: set[nn.Parameter])
     return found, None
 
 
-def as_wide_as_tables(tree: Tree, candidates: list[Candidate], back: set[nn.Parameter]) -> list[Candidate]:
-    """Matrices of Linears outside of blocks that are as wide as an embedding is long, and that no later Linear reads.
+def find_unread(tree: Tree, candidates: list[Candidate], back: set[nn.Parameter]) -> dict[Candidate, str]:
+    """Matrices of Linears outside of blocks that nothing in the model can read, or that are as wide as a table is long.
 
-    That may be chance (two labels, two types of tokens) or an output head of another name than heads have.
+    They may be output heads of other names than heads have: of one of several nets, of an auxiliary loss. Or what reads
+    them is computed otherwise, so that this is but a doubt. The last of those that read one another is found alone.
     """
-    vocabularies = {module.num_embeddings for module in tree.modules.values() if isinstance(module, EMBEDDINGS)}
-    linears = [c for c in candidates if is_weight(c.uses[0]) and is_linear(c.uses[0].owner)]
-    found, read = [], set[int]()
-    for candidate in reversed(linears):
-        path = candidate.uses[0].path
-        is_wide = candidate.rows in vocabularies and candidate.rows not in read and candidate.parameter not in back
-        if is_wide and candidate.is_matrix and not tree.in_block(path) and not is_lora(path, ""):
-            found.append(candidate)
-        read.add(candidate.stored[1 - candidate.transposed])
+    tables = [module for module in tree.modules.values() if isinstance(module, EMBEDDINGS)]
+    vocabularies, widths = ({getattr(t, key) for t in tables} for key in ("num_embeddings", "embedding_dim"))
+    widths |= {c.shape[0] for c in candidates if len(c.shape) == 1 and is_norm(c.uses[0].owner)}
+    weights = [c for c in candidates if len(c.shape) > 1]
+    reads = {_reads(c.uses[0].owner) for c in weights} | {c.stored[1 - c.transposed] for c in weights} | widths
+    found: dict[Candidate, str] = {}
+    later: set[int] = set()
+    for candidate in reversed([c for c in weights if is_weight(c.uses[0]) and is_linear(c.uses[0].owner)]):
+        path, rows = candidate.uses[0].path, candidate.rows
+        is_attention = "".join(path[-1:]).lower() in QKV | UNFUSED
+        is_hidden = candidate.parameter in back or is_attention or is_lora(path, "") or tree.in_block(path)
+        if candidate.is_matrix and not is_hidden:
+            if rows in vocabularies and rows not in later:
+                found[candidate] = "as wide as an embedding is long: an output?"
+            elif rows not in reads and isinstance(candidate.uses[0].owner, nn.Linear):
+                found[candidate] = f"nothing reads its {rows} features: an output?"
+        later.add(candidate.stored[1 - candidate.transposed])
     return found

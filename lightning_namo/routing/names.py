@@ -41,8 +41,13 @@ def parameter_label(name: str, module: nn.Module | None) -> str:
         return name
     while inner := next((child for key, child in module._modules.items() if _wraps(module, key)), None):
         module = inner
+    return f"{name} of {class_name(module)}"
+
+
+def class_name(module: nn.Module) -> str:
+    """The name of a module's class, not of the one that FSDP2 made of it."""
     cls = type(module)
-    return f"{name} of {(cls.__mro__[2] if is_fsdp2(module) else cls).__name__}"
+    return (cls.__mro__[2] if is_fsdp2(module) else cls).__name__
 
 
 def _wraps(module: nn.Module, name: str) -> bool:

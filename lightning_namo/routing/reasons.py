@@ -23,7 +23,6 @@ from lightning_namo.routing.layers import (
 from lightning_namo.routing.names import words
 from lightning_namo.sharding.layout import stored_shape
 
-_EMBEDDING_NAME = re.compile(r"embed|(^|[._])emb([._]|$)")
 _RELATIVE, _PLACES = {"rel", "relative"}, {"bias", "biases", "table", "pos", "position", "positions", "emb", "embed"}
 _NAMES: dict[str, set[str]] = {  # of bare parameters: why not a matrix, and the words that say so
     "bias": {"bias", "biases"},
@@ -36,12 +35,14 @@ _NAMES: dict[str, set[str]] = {  # of bare parameters: why not a matrix, and the
     "scale": {"scale", "scales", "gain", "gains", "temperature"},
     "coefficients": {"coef", "coefs", "coeff", "coeffs", "coefficient", "coefficients"},
     "norm": {"norm", "layernorm", "rmsnorm"},
+    "embedding by its name": {"emb", "embed", "embeds", "embedding", "embeddings", "embedder"},
 }
 _COEFFICIENTS = _NAMES["coefficients"]
 _ROUTERS, _EXPERTS = {"router", "routers", "routing"}, {"expert", "experts", "moe"}
-_GATE = re.compile(r"^(w_?)?(gate|gating|g|noise|noisy_gate)(_(layer|linear|fn|network|net|w|weight))?$")
+_GATE = re.compile(r"^(w_?)?(gate|gating|g|noise|noisy_gate)s?(_(layer|linear|fn|network|net|w|weight))?$")
 _STATES = re.compile(r"mamba|ssm|ssd|^s[456]", re.IGNORECASE)  # in names of state-space models' classes
 _STATE_A = re.compile(r"^(a_?logs?|log_a|a_log_bias|log_a_(real|imag)|a_(real|re|imag|im)|(inv|neg)_a_(real|imag))$")
+_HOLDERS = LAYER_WORDS - {"model", "net", "network", "transformer", "block", "head", "layers", "flow", "mixer"}
 _WEIGHTS = {"weight", "weights", "kernel", "matrix", "proj", "projection", "w", "up", "down", "gate"}
 _STEMS = {"stem", "stems", "patchify"}
 _PATCHES = {"patch", "patches"}
@@ -59,7 +60,7 @@ def decide(candidate: Candidate, tree: Tree) -> None:
     if reason is not None:
         candidate.adamw, candidate.confidence = reason
     elif not any(is_weight(use) or is_lora(use.path, use.label) for use in candidate.uses):
-        known = any(_WEIGHTS & set(words(u.label)) or LAYER_WORDS & class_words(u.owner) for u in candidate.uses)
+        known = any(_WEIGHTS & set(words(u.label)) or _HOLDERS & class_words(u.owner) for u in candidate.uses)
         candidate.confidence = "assumed" if known else "please check"
         if not known:
             candidate.notes.append("a bare parameter whose name says nothing")
@@ -106,11 +107,10 @@ def _by_name(use: Use, shape: tuple[int, ...], tree: Tree) -> str | None:
     label, named = use.label.lower(), words(use.label)
     if _RELATIVE.intersection(named) and _PLACES.intersection(named):
         return "relative-position table"
+    is_projection = not {"proj", "projection"}.isdisjoint(named[-2:])  # of tokens, positions, prompts
     for reason, said in _NAMES.items():
-        if said.intersection(named):
+        if said.intersection(named) and (not is_projection or reason == "bias"):
             return reason
-    if _EMBEDDING_NAME.search(label) and not is_layer(use.owner):
-        return "embedding by its name"
     siblings = {other.lower() for other, _ in use.owner.named_parameters(recurse=False)}
     if "query" in named and not {"key", "value", "k", "v"} & {word for s in siblings for word in words(s)}:
         return "latents"
@@ -123,13 +123,15 @@ def _by_name(use: Use, shape: tuple[int, ...], tree: Tree) -> str | None:
         return "state-space A"
     if label in ("d", "ds") and (is_state or "a" in siblings):
         return "state-space D"
-    if of_class & {"prompt", "prompter"}:
+    if of_class & {"prompt", "prompter"} and not is_projection:
         return "prompt"
+    if of_class & {"codebook", "quantizer", "vq"} and label == "weight":
+        return "codebook"
     if {"oft", "boft"} & of_class.union(named):  # peft's
         return "rotations"
-    if "loss" in of_class:
+    if of_class & {"loss", "margin"} and label == "weight":
         return f"{OUTPUT_HEAD}, of a loss"
-    if re.search(r"(^|_)lambda(_|\d|$)", label):
+    if re.search(r"(^|_)lambda([_.]|\d|$)", label):
         return "layer scale"
     if len(shape) > 2 and "conv" in named and shape[1] == 1:
         return "depthwise convolution"
@@ -146,13 +148,19 @@ def _is_called_router(use: Use, tree: Tree) -> bool:
     last = places[-1].lower() if places else ""
     if {"gate", "gating"}.intersection(words(last)) and {"expert", "experts"}.intersection(words(last)):
         return True  # shared_expert_gate
-    if not _GATE.match(last):
+    real = (*use.path, use.label) if bare else use.path
+    gates = (place for place, part in enumerate(real) if _GATE.match(part.lower()))
+    return any(_holds_experts(real[:place], tree, use.owner) for place in gates)
+
+
+def _holds_experts(path: tuple[str, ...], tree: Tree, owner: nn.Module) -> bool:
+    """Whether a module has experts, by the names of what is in it, by its own class or by its gate's."""
+    if path not in tree.modules:
         return False
-    holder = use.path if bare else use.path[:-1]
-    at = holder if holder in tree.modules else ()
-    beside = [*tree.children(at), *(label for label, _ in tree.modules[at].named_parameters(recurse=False))]
-    of_holder = class_words(tree.modules[at])
-    return bool(_EXPERTS & (of_holder | class_words(use.owner)) | {w for b in beside for w in words(b)} & _EXPERTS)
+    holder = tree.modules[path]
+    inside = [*tree.children(path), *(label for label, _ in holder.named_parameters(recurse=False))]
+    named = {word for name in inside for word in words(name)}
+    return bool(_EXPERTS & (named | class_words(holder) | class_words(owner)))
 
 
 def _by_role(use: Use) -> Reason | None:

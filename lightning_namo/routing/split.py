@@ -11,7 +11,7 @@ import json
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,7 +21,7 @@ from lightning_namo.routing.batches import find_batch
 from lightning_namo.routing.candidates import OUTPUT_HEAD, Candidate, Reason, Side, Use, times
 from lightning_namo.routing.fused import adapter_blocks, find_fused, possible
 from lightning_namo.routing.globs import Blocks, overrule, set_batches, set_blocks
-from lightning_namo.routing.heads import as_wide_as_tables, find_heads, judge_last, leading_back
+from lightning_namo.routing.heads import find_heads, find_unread, judge_last, leading_back
 from lightning_namo.routing.layers import EMBEDDINGS, Tree
 from lightning_namo.routing.reasons import decide, first_layer, is_depthwise, is_weight
 from lightning_namo.sharding.batch import Box
@@ -156,6 +156,26 @@ def split_parameters(
     return groups
 
 
+def check_routing(given: Mapping[str, Any]) -> None:
+    """Refuse values of the routing's arguments that mean nothing for any module.
+
+    Raises:
+        ValueError: With the argument's name.
+    """
+    for key in ("heads", "first_layers"):
+        if given[key] not in ("adamw", "matrix"):
+            raise ValueError(f"Expected {key} to be 'adamw' or 'matrix'. Got {given[key]!r}.")
+    for key in ("adamw", "orthogonalize", "batched", "transposed", "matrix"):
+        if not isinstance(given[key], Iterable):
+            raise ValueError(f"Expected {key} to be globs over parameter names. Got {given[key]!r}.")
+    blocks = given["blocks"]
+    if blocks is not None and not isinstance(blocks, Mapping) and blocks not in ("auto", "heads"):
+        raise ValueError(f"Expected blocks to be 'auto', 'heads' or a mapping from globs to blocks. Got {blocks!r}.")
+    for glob, asked in blocks.items() if isinstance(blocks, Mapping) else ():
+        if isinstance(asked, bool) or not isinstance(asked, int | Sequence):
+            raise ValueError(f"Expected blocks of {glob!r} to be 'auto', 'heads', a number or rows. Got {asked!r}.")
+
+
 def route_parameters(
     module: nn.Module,
     adamw: str | Iterable[str],
@@ -170,9 +190,7 @@ def route_parameters(
     """As `split_parameters`, also for a module without a trainable matrix."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"Expected a module, whose parameters are split by what they are, but got {module!r:.80}.")
-    for key, side in (("heads", heads), ("first_layers", first_layers)):
-        if side not in ("adamw", "matrix"):
-            raise ValueError(f"Expected {key} to be 'adamw' or 'matrix'. Got {side!r}.")
+    check_routing(locals())
     reshard(module)
     regions = find_regions(module)
     tree = Tree(module)
@@ -211,23 +229,23 @@ def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: S
         if words is not None:
             _send(candidate, Reason(words, "assumed"), first_layers)
     last, doubt = judge_last(tree, candidates, back)
+    of_last = Reason(f"{OUTPUT_HEAD}, the last Linear, which nothing follows", "assumed")
     for candidate in last:
-        if doubt is None:
-            _send(candidate, Reason(f"{OUTPUT_HEAD}, the last Linear, which nothing follows", "assumed"), heads)
-        elif OUTPUT_HEAD not in ", ".join(candidate.notes):
-            _send(candidate, Reason(doubt, "please check"), heads)
-    for candidate in as_wide_as_tables(tree, candidates, back):
+        if OUTPUT_HEAD not in ", ".join(candidate.notes):
+            _send(candidate, of_last if doubt is None else Reason(doubt, "please check"), heads)
+    has_body = sum(candidate.is_matrix for candidate in candidates) > 1
+    for candidate, doubt in find_unread(tree, candidates, back).items() if has_body else ():
         if not candidate.notes:
-            _send(candidate, Reason("as wide as an embedding is long: an output?", "please check"), heads)
+            _send(candidate, Reason(doubt, "please check"), heads)
 
 
 def _send(candidate: Candidate, reason: Reason, side: Side) -> None:
     """Send a matrix of some role to AdamW, or leave it a matrix and say what it is; a doubtful one stays a matrix."""
     candidate.confidence = "assumed" if side == "matrix" and reason.confidence == "please check" else reason.confidence
-    if side == "matrix" or reason.confidence == "please check":
-        candidate.notes.append(reason.words)
-    else:
+    if side == "adamw" and reason.confidence != "please check":
         candidate.adamw = reason.words
+    elif side == "adamw" or reason.confidence != "please check":
+        candidate.notes.append(reason.words)
 
 
 def _nothing(module: nn.Module, groups: ParameterGroups) -> str:

@@ -84,6 +84,7 @@ def test_a_module_without_a_matrix_and_one_that_looks_at_numbers_have_tables(
             "Expected --arguments with which torch.nn.Linear can be made, as '{width: 8}'. Got:",
         ),
         (["torch.nn.ReLU", "--arguments", "{width: 8}"], "Expected --arguments with which torch.nn.ReLU can be made"),
+        (["transformers.BertModel", "--arguments", "{num_lables: 3}"], "Got: BertConfig has no num_lables"),
         (["json.dumps", "--arguments", "{obj: 3}"], "Expected json.dumps to make a module. Got '3'."),
         (["torch.nn.Transformer", "--optim.adamw", "nothing"], "Expected 'nothing' in adamw to match a parameter"),
         (["torch.nn.Transformer", "--optim.heads", "muon"], "muon"),

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from lightning_namo import NAMO, build_optimizer
+from lightning_namo import NAMO, OptimizerCallback, build_optimizer, optimize_with
 from lightning_namo.routing.split import split_parameters
 from tests.helpers.zoo import GPT, gpt2
 
@@ -74,7 +74,10 @@ def test_heads_that_are_stored_one_after_the_other_are_no_three_blocks() -> None
     assert said_of(bloom)[name] == "fused: 12 blocks possible, by heads"
     assert blocks_of(bloom, "auto") == {}
     assert blocks_of(bloom, "heads") == {name: 12}
-    with pytest.raises(ValueError, match=r"Expected blocks='auto' to match .* no parts are known. Give the number of"):
+    with pytest.raises(
+        ValueError,
+        match=r"no parts are known. They are stored head by head: say 'heads'",
+    ):
         blocks_of(bloom, {"*.query_key_value.weight": "auto"})
 
 
@@ -114,9 +117,9 @@ def test_a_name_without_the_shape_is_no_evidence() -> None:
 
 
 def test_words_for_blocks_that_do_not_exist_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"Expected blocks to be 'auto', 'heads', or numbers. Got 'head'."):
+    with pytest.raises(ValueError, match=r"Expected blocks to be 'auto', 'heads' or a mapping .* Got 'head'."):
         split_parameters(GPT(), blocks="head")
-    with pytest.raises(ValueError, match=r"Expected blocks of '\*.qkv.weight' to be 'auto', 'heads', or numbers"):
+    with pytest.raises(ValueError, match=r"Expected blocks of '\*.qkv.weight' to be 'auto', 'heads', a number or rows"):
         split_parameters(GPT(), blocks={"*.qkv.weight": "qkv"})
     with pytest.raises(
         ValueError, match=r"Expected blocks='heads' to match .* of blocks.0.proj.weight \(8, 8\) no heads"
@@ -135,3 +138,55 @@ def test_blocks_by_word_step_as_the_same_blocks_by_number() -> None:
         optimizer.step()
         weights.append(model.qkv.weight.detach())
     assert torch.equal(*weights)
+
+
+def test_heads_of_a_wider_attention_have_the_width_that_the_module_gives_them() -> None:
+    wide = nn.Module()
+    wide.heads = 8
+    for name in ("to_q", "to_k", "to_v"):
+        wide.add_module(name, nn.Linear(16, 32))
+    wide.norm = nn.LayerNorm(16)
+    assert blocks_of(wide, "heads") == {f"to_{name}.weight": 8 for name in "qkv"}
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_a_module_that_says_that_heads_come_first_is_believed(interleaved: bool) -> None:
+    attention = nn.Module()
+    attention.num_heads, attention.head_first, attention.norm = 4, interleaved, nn.LayerNorm(16)
+    attention.qkv = nn.Conv2d(16, 48, 1)
+    attention.body = nn.Linear(16, 16)
+    model = nn.Sequential(nn.Conv2d(2, 16, 1), attention)
+    assert blocks_of(model, "auto") == ({} if interleaved else {"1.qkv.weight": 3})
+    assert blocks_of(model, "heads") == {"1.qkv.weight": 12}
+
+
+def test_a_configuration_without_one_number_of_heads_for_all_layers_is_no_error() -> None:
+    class PerLayer:
+        @property
+        def num_attention_heads(self) -> int:
+            raise RuntimeError("differs from layer to layer")  # as transformers' heterogeneous configurations do
+
+    attention = Attention()
+    attention.config = PerLayer()
+    assert blocks_of(attention, "heads") == {}
+
+
+@pytest.mark.parametrize(
+    ("routing", "message"),
+    [
+        ({"blocks": 3}, "Expected blocks to be 'auto', 'heads' or a mapping"),
+        ({"blocks": {"*": 3.0}}, "a number or rows. Got 3.0"),
+        ({"blocks": {"*": True}}, "a number or rows. Got True"),
+        ({"adamw": 3}, "Expected adamw to be globs over parameter names. Got 3"),
+        ({"heads": "matrices"}, "Expected heads to be 'adamw' or 'matrix'. Got 'matrices'"),
+    ],
+)
+def test_wrong_arguments_are_refused_where_they_are_given(routing, message: str) -> None:
+    for given in (
+        lambda: split_parameters(GPT(), **routing),
+        lambda: build_optimizer(GPT(), NAMO, **routing),
+        lambda: optimize_with(NAMO, **routing),
+        lambda: OptimizerCallback(**routing),
+    ):
+        with pytest.raises(ValueError, match=message):
+            given()

@@ -74,11 +74,14 @@ def test_the_last_linear_is_a_head_whatever_is_beside_it(classes: int) -> None:
     assert routes_of(model)["3.weight"].confidence == "assumed"
 
 
-@pytest.mark.parametrize(("hidden", "doubt"), [(32, "please check"), (31, "sure")])
-def test_a_hidden_layer_as_wide_as_the_vocabulary_stays_a_matrix_but_is_to_be_checked(hidden: int, doubt: str) -> None:
+@pytest.mark.parametrize(
+    ("hidden", "doubt"), [(32, "as wide as an embedding is long"), (31, "nothing reads its 31 features")]
+)
+def test_a_layer_that_may_be_an_output_stays_a_matrix_but_is_to_be_checked(hidden: int, doubt: str) -> None:
     model = nn.Sequential(nn.Embedding(32, 8), nn.Linear(8, hidden), nn.Conv1d(1, 4, 3), nn.Linear(4, 7))
     routes = routes_of(model)
-    assert (routes["1.weight"].group, routes["1.weight"].confidence) == ("matrices", doubt)
+    assert (routes["1.weight"].group, routes["1.weight"].confidence) == ("matrices", "please check")
+    assert routes["1.weight"].reason == f"matrix, {doubt}: an output?"
     assert heads_of(model) == {"3.weight": LAST}
 
 
@@ -187,6 +190,45 @@ def test_hugging_face_llama_head_is_declared_and_its_norms_are_norms(tied: bool)
     assert reasons.get("lm_head.weight") == (None if tied else "output head, declared by LlamaForCausalLM")
 
 
+def test_outputs_of_other_nets_and_before_what_is_no_layer_are_to_be_checked() -> None:
+    def mlp(outputs: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, outputs))
+
+    def checked(model: nn.Module) -> list[str]:
+        return [route.name for route in split_parameters(model).routes if route.confidence == "please check"]
+
+    critic = nn.ModuleDict({"actor": mlp(4), "critic": mlp(1)})
+    assert checked(critic) == ["actor.2.weight"]
+    assert heads_of(critic) == {"critic.2.weight": LAST}
+    taught = nn.ModuleDict({"net": mlp(3), "teacher": mlp(3).requires_grad_(False)})
+    assert checked(taught) == ["net.2.weight"]
+    assert checked(nn.Sequential(*mlp(3), nn.PReLU())) == ["2.weight"]
+    final = nn.ModuleDict({"linear": nn.Linear(8, 5), "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(8, 16))})
+    assert checked(nn.ModuleDict({"body": mlp(8), "final_layer": final})) == [
+        "final_layer.linear.weight",
+        "final_layer.adaLN_modulation.1.weight",
+    ]
+    attention = nn.ModuleDict({"query": nn.Linear(8, 6), "key": nn.Linear(8, 6), "head": nn.Linear(8, 3)})
+    assert checked(attention) == []
+
+
+def test_a_head_may_have_several_outputs() -> None:
+    head = nn.ModuleDict({"hidden": nn.Linear(8, 6), "cls": nn.Linear(6, 10), "box": nn.Linear(6, 4)})
+    boxes = type("DetectionHead", (nn.Module,), {})()
+    for name, layer in head.items():
+        boxes.add_module(name, layer)
+    model = nn.Module()
+    model.body, model.head = nn.Linear(8, 8), boxes
+    called = "output head, called head"
+    assert heads_of(model) == {"head.cls.weight": called, "head.box.weight": called}
+    adaptive = nn.ModuleDict({"body": nn.Linear(8, 8), "softmax": nn.AdaptiveLogSoftmaxWithLoss(8, 40, [10, 20])})
+    assert [name.removeprefix("softmax.") for name in heads_of(adaptive)] == [
+        "head.weight",
+        "tail.0.1.weight",
+        "tail.1.1.weight",
+    ]
+
+
 @pytest.mark.parametrize("package", ["torchvision.models.resnet", "timm.models.resnet", "mine.models"])
 def test_fc_is_a_head_of_known_vision_families(package: str) -> None:
     """The class is a stand-in with the real one's name and module: torchvision has no CPU build for every torch."""
@@ -197,6 +239,8 @@ def test_fc_is_a_head_of_known_vision_families(package: str) -> None:
             self.fc, self.body, self.norm = nn.Linear(4, 7), nn.Linear(4, 4), nn.LayerNorm(4)
 
     ResNet.__module__ = package
+    sharded = type("FSDPResNet", (ResNet,), {"__module__": "torch.distributed"})()  # as FSDP2 makes of it
+    assert heads_of(sharded) == heads_of(ResNet())
     assert heads_of(ResNet()) == ({} if package == "mine.models" else {"fc.weight": "output head, called fc"})
 
 

@@ -150,6 +150,19 @@ def test_a_network_that_routes_is_a_router_as_a_whole() -> None:
     assert route_of(model, "router.0.weight") == route_of(model, "router.2.weight") == ("adamw", "router")
 
 
+def test_lists_of_gates_and_nets_of_gates_are_routers_beside_experts() -> None:
+    for name, gate in (("gates", nn.ModuleList([nn.Linear(4, 3)])), ("gating_network", nn.Sequential(nn.Linear(4, 3)))):
+        model = module_of("Layer", beside=Experts())
+        model["it"].add_module(name, gate)
+        assert route_of(model, f"{name}.0.weight") == ("adamw", "router")
+
+
+@pytest.mark.parametrize("name", ["MyModel", "ToyTransformer", "SimpleNetwork", "HyperHead"])
+def test_the_name_of_a_user_s_model_is_no_evidence(name: str) -> None:
+    routes = {route.name: route for route in split_parameters(module_of(name, mystery=(5, 4))).routes}
+    assert routes["it.mystery"].confidence == "please check"
+
+
 def test_a_table_of_a_class_called_embedding_is_one() -> None:
     model = module_of("VocabParallelEmbedding", weight=(9, 4))
     assert route_of(model, "weight") == ("adamw", "embedding")

@@ -115,7 +115,8 @@ def test_weight_norm_keeps_its_direction_a_matrix_and_its_length_a_vector() -> N
     reasons = reasons_of(split_parameters(weight_normed()))
     vector = "vector with dimensions of size 1"
     assert reasons["new.parametrizations.weight.original0"] == reasons["old.weight_g"] == vector
-    assert reasons["new.parametrizations.weight.original1"] == reasons["old.weight_v"] == "matrix"
+    assert reasons["new.parametrizations.weight.original1"] == reasons["old.weight_v"]
+    assert reasons["old.weight_v"].startswith("matrix")
     assert reasons["spectral.parametrizations.weight.original"] == ("matrix, flattened to 4 x 1, stored transposed")
     assert reasons["table.parametrizations.weight.original1"] == "embedding"
 
