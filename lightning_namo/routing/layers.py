@@ -18,10 +18,9 @@ _LAYERS = (nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCell
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.CrossMapLRN2d, nn.modules.batchnorm._NormBase)
 
 _NORM_WORDS = {"norm", "layernorm", "rmsnorm", "batchnorm", "groupnorm", "instancenorm"}
-LAYER_WORDS = {"linear", "dense", "mlp", "ffn", "feedforward", "attention", "attn", "conv", "convolution", "conv1d"}
-LAYER_WORDS |= {"conv2d", "conv3d", "lstm", "gru", "rnn", "cell", "projection", "proj", "projector", "qkv", "experts"}
-LAYER_WORDS |= {"moe", "mixer", "block", "layers", "flow", "transformer", "network", "net", "model", "head"}
-LAYER_WORDS |= {"embedding"}
+LAYER_WORDS = {"linear", "dense", "mlp", "ffn", "feed", "feedforward", "attention", "attn", "conv", "convolution"}
+LAYER_WORDS |= {"lstm", "gru", "rnn", "cell", "projection", "proj", "projector", "qkv", "experts", "moe", "mixer"}
+LAYER_WORDS |= {"block", "layers", "flow", "transformer", "network", "net", "model", "head", "embedding"}
 
 
 def is_hugging_face_conv1d(owner: nn.Module) -> bool:

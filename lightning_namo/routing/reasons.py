@@ -82,7 +82,7 @@ def _reason(candidate: Candidate, tree: Tree) -> Reason | None:
         return None
     is_vector = sum(size > 1 for size in shape) < 2 and not any(is_weight(use) for use in uses)
     for use in uses:
-        if not is_weight(use) and (named := _by_name(use, shape, tree)) is not None:
+        if not is_weight(use) and (named := _by_name(use, shape)) is not None:
             return Reason(named, "sure" if is_vector or len(shape) < 2 else "assumed")
     if len(shape) < 2:
         return Reason("vector")
@@ -102,7 +102,7 @@ def _is_called_embedding(use: Use) -> bool:
     return is_table and last in (["embedding"], ["embeddings"])
 
 
-def _by_name(use: Use, shape: tuple[int, ...], tree: Tree) -> str | None:
+def _by_name(use: Use, shape: tuple[int, ...]) -> str | None:
     """Why a parameter that is no layer's weight is no matrix, by its name; None: the name does not say so."""
     label, named = use.label.lower(), words(use.label)
     if _RELATIVE.intersection(named) and _PLACES.intersection(named):
