@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import litgpt
 import peft
 import pytest
 import torch
@@ -105,3 +106,14 @@ def test_adapters_without_a_matrix_are_refused_in_a_few_words(config: peft.PeftC
     with pytest.raises(ValueError, match="Use AdamW: build_optimizer has nothing to orthogonalize") as error:
         build_optimizer(model, NAMO)
     assert len(str(error.value)) < 300
+
+
+def test_the_fused_projection_of_litgpt_is_divided_by_the_sizes_of_its_groups() -> None:
+    sizes = {"n_layer": 1, "n_head": 4, "n_query_groups": 2, "n_embd": 16, "head_size": 4, "padded_vocab_size": 32}
+    model = litgpt.GPT(litgpt.Config(**sizes))
+    name = "transformer.h.0.attn.qkv.weight"
+    reasons = {route.name: route.reason for route in split_parameters(model).routes}
+    assert reasons[name] == "matrix, fused: 3 blocks possible"
+    for words, blocks in (("auto", [16, 8, 8]), ("heads", 8)):
+        groups = split_parameters(model, blocks=words)
+        assert {n: g["blocks"] for g in groups for n, _ in g["params"] if g.get("blocks", 1) != 1} == {name: blocks}
