@@ -373,6 +373,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         """The rules of all stacks, to be answered together; or those of one stack after the other, on one CPU."""
         _, buckets, exchange = self._prepared or self._prepare()
         together: Runs = {}
+        distributed = exchange.distributed
         rule = self._ruled if self.fixed else self.rule
         for number, stacks in enumerate(buckets):
             runs = []
@@ -380,17 +381,17 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 grads = [None if refused else local_gradient(p.name, p.tensor) for p in stack.parameters]
                 if stack.part is not None and grads[0] is not None:
                     grads = [stack.part.local(grads[0].contiguous())]
-                for first, end in [(0, len(grads))] if exchange.distributed else _present(grads):
+                for first, end in [(0, len(grads))] if distributed else _present(grads):
                     part = stack if end - first == len(grads) else stack.some(first, end)
                     requests = self.requests(stack.parameters[0])
                     runs.append(
                         StackRun(part, rule, requests, grads[first:end], exchange.workspace, self.keeps_readings)
                     )
-            if exchange.distributed or exchange.batched:
+            if distributed or exchange.batched:
                 together[number] = runs
             elif runs:
                 yield {number: runs}
-        if exchange.distributed or any(together.values()):  # without matrices the ranks agree on AdamW's parameters
+        if distributed or any(together.values()):  # without matrices the ranks agree on AdamW's parameters
             yield together
 
     def _agree(self, runs: Runs, adamw: AdamWStep, not_finite: list[Tensor], refusal: Exception | None) -> list[Tensor]:
