@@ -241,10 +241,12 @@ def _judge(tree: Tree, candidates: list[Candidate], heads: Side, first_layers: S
 
 def _send(candidate: Candidate, reason: Reason, side: Side) -> None:
     """Send a matrix of some role to AdamW, or leave it a matrix and say what it is; a doubtful one stays a matrix."""
-    candidate.confidence = "assumed" if side == "matrix" and reason.confidence == "please check" else reason.confidence
+    if reason.confidence == "please check" and side == "matrix":
+        return  # there is no doubt where the user wants it a matrix whatever it is
+    candidate.confidence = reason.confidence
     if side == "adamw" and reason.confidence != "please check":
         candidate.adamw = reason.words
-    elif side == "adamw" or reason.confidence != "please check":
+    else:
         candidate.notes.append(reason.words)
 
 

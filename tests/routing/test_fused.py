@@ -190,3 +190,77 @@ def test_wrong_arguments_are_refused_where_they_are_given(routing, message: str)
     ):
         with pytest.raises(ValueError, match=message):
             given()
+
+
+def _on_meta(config: str, model: str, **sizes) -> nn.Module:
+    with torch.device("meta"):
+        return getattr(transformers, model)(getattr(transformers, config)(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "heads"),
+    [
+        (
+            lambda: _on_meta(
+                "GPTBigCodeConfig", "GPTBigCodeModel", n_embd=16, n_head=4, n_layer=1, vocab_size=40, multi_query=False
+            ),
+            "h.0.attn.c_attn.weight",
+            12,
+        ),
+        (
+            lambda: _on_meta(
+                "CodeGenConfig", "CodeGenModel", n_embd=32, n_head=8, n_layer=1, vocab_size=40, rotary_dim=4
+            ),
+            "h.0.attn.qkv_proj.weight",
+            24,
+        ),
+        (
+            lambda: _on_meta(
+                "MiniMaxConfig",
+                "MiniMaxModel",
+                **COMMON,
+                intermediate_size=24,
+                num_key_value_heads=4,
+                head_dim=8,  # heads * head_dim is not the width
+                num_local_experts=2,
+                layer_types=["linear_attention"],
+            ),
+            "layers.0.self_attn.qkv_proj.weight",
+            12,
+        ),
+    ],
+    ids=["gpt_bigcode", "codegen", "minimax"],
+)
+def test_classes_that_store_heads_one_after_the_other_are_known(model, layer: str, heads: int) -> None:
+    module = model()
+    assert said_of(module)[layer] == f"fused: {heads} blocks possible, by heads"
+    assert layer not in blocks_of(module, "auto")
+    assert blocks_of(module, "heads")[layer] == heads
+
+
+@pytest.mark.parametrize(("key", "value", "blocks"), [(4, 16, [4, 4, 16]), (8, 8, 3), (5, 16, 1)])
+def test_linear_attention_has_keys_and_values_of_its_own_sizes(key: int, value: int, blocks: int | list[int]) -> None:
+    attention = nn.Module()
+    attention.key_dim, attention.value_dim = key, value
+    attention.in_proj_qkv, attention.norm = nn.Linear(8, 24), nn.LayerNorm(8)
+    assert blocks_of(attention, "auto") == ({} if blocks == 1 else {"in_proj_qkv.weight": blocks})
+
+
+def test_the_grouped_linear_of_deepseek_v4_is_a_batch() -> None:
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+
+    model = nn.ModuleDict({"it": DeepseekV4GroupedLinear(6, 8, 4), "norm": nn.LayerNorm(8)})
+    routes = {route.name: route for route in split_parameters(model).routes}
+    assert (routes["it.weight"].group, routes["it.weight"].confidence) == ("matrices_batched_4", "sure")
+
+
+def test_the_pairs_of_zamba_are_not_two_blocks() -> None:
+    class ZambaMambaMixer(nn.Module):
+        """A stand-in by the name of the class, whose small configurations cannot be built."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.intermediate_size, self.A_log = 8, nn.Parameter(torch.zeros(2, 4, 3))
+            self.in_proj, self.norm = nn.Linear(4, 16), nn.LayerNorm(4)
+
+    assert blocks_of(ZambaMambaMixer(), "auto") == {}

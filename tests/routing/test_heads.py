@@ -253,6 +253,8 @@ def test_heads_are_matrices_for_those_who_want_it() -> None:
     assert routes_of(llama(tied=True), heads="matrix")["model.embed_tokens.weight"].group == "adamw"
     assert routes_of(llama(), heads="matrix")["lm_head.weight"].group == "matrices"
     assert heads_of(model, adamw="2.*", heads="matrix") == {}
+    conv = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 2, 1))
+    assert {route.confidence for route in routes_of(conv, heads="matrix").values()} == {"sure"}
     with pytest.raises(ValueError, match=r"Expected heads to be 'adamw' or 'matrix'. Got 'muon'."):
         split_parameters(model, heads="muon")
 

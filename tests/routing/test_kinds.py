@@ -1,4 +1,4 @@
-"""What is no hidden matrix, by its class, by its name, or by what is beside it; and what only looks so."""
+"""Parameters that are not matrices, by class, by name, or by their siblings; and matrices that only look so."""
 
 from __future__ import annotations
 
