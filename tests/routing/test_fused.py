@@ -149,10 +149,17 @@ def test_heads_of_a_wider_attention_have_the_width_that_the_module_gives_them() 
     assert blocks_of(wide, "heads") == {f"to_{name}.weight": 8 for name in "qkv"}
 
 
+class QKVAttentionLegacy(nn.Module):
+    """By the name of what guided diffusion's AttentionBlock keeps, which takes q, k and v head by head."""
+
+
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_a_module_that_says_that_heads_come_first_is_believed(interleaved: bool) -> None:
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_module_that_says_that_heads_come_first_is_believed(interleaved: bool, legacy: bool) -> None:
     attention = nn.Module()
-    attention.num_heads, attention.head_first, attention.norm = 4, interleaved, nn.LayerNorm(16)
+    attention.num_heads, attention.norm = 4, nn.LayerNorm(16)
+    attention.head_first = interleaved and not legacy
+    attention.attention = QKVAttentionLegacy() if interleaved and legacy else nn.Identity()
     attention.qkv = nn.Conv2d(16, 48, 1)
     attention.body = nn.Linear(16, 16)
     model = nn.Sequential(nn.Conv2d(2, 16, 1), attention)

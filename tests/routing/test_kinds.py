@@ -63,9 +63,20 @@ def test_bare_parameters_are_known_by_whole_words_of_their_names(label, shape, r
 
 
 @pytest.mark.parametrize(
-    "label", ["unbiased", "reposition", "tokenwise", "scaled_weight", "composite", "proj", "latently"]
+    "label",
+    [
+        "unbiased",
+        "reposition",
+        "tokenwise",
+        "scaled_weight",
+        "proj",
+        "latently",
+        "reembed",
+        "token_proj",
+        "pos_proj_weight",
+    ],
 )
-def test_parts_of_words_say_nothing(label: str) -> None:
+def test_parts_of_words_and_what_is_projected_say_nothing(label: str) -> None:
     assert route_of(module_of("Thing", **{label: (5, 4)}), label) == ("matrix", "matrix")
 
 
@@ -186,6 +197,8 @@ def test_what_is_told_by_a_glob_is_sure_and_what_is_not_is_not() -> None:
     assert (confidence["it.kernel"], confidence["body.0.weight"]) == ("assumed", "sure")
     told = split_parameters(model, orthogonalize="it.mystery", batched="it.stack", adamw="it.kernel")
     assert {route.confidence for route in told.routes} == {"sure"}
+    named = {r.name: r.confidence for r in split_parameters(model, orthogonalize="it.stack").routes}
+    assert named["it.stack"] == "assumed"  # that it is a matrix is told, that it is a batch is not
 
 
 @pytest.mark.parametrize(
