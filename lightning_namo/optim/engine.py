@@ -33,7 +33,7 @@ from lightning_namo.sharding.batch import BatchLayout, divide
 from lightning_namo.sharding.discovery import part_of
 from lightning_namo.sharding.exchange import Exchange
 from lightning_namo.sharding.layout import Layout, Rectangle
-from lightning_namo.sharding.local import local_gradient, local_tensor, refuse_sparse
+from lightning_namo.sharding.local import local_tensor, refuse_sparse
 from lightning_namo.sharding.process_group import current_group, gather
 from lightning_namo.sharding.publication import Published
 from lightning_namo.workspace import Workspace
@@ -96,6 +96,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     batched: bool | None = None
     keeps_readings: bool = False
     _readings: Sequence[Reading] = ()  # of the last step
+    _watch: Callable[[StackRun, list[Tensor]], None] | None = None  # is told the polar factors of the matrices here
     _prepared: tuple[list[MatrixParameter], list[list[MatrixStack]], Exchange] | None = None
     _prepared_for: Sequence[tuple[Any, ...]] = ()
     _requests: dict[tuple[int, tuple[int, ...]], Requests]  # of what is prepared, by group and shape
@@ -212,6 +213,29 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     def scratch(self, parameter: MatrixParameter, count: int) -> Scratch:
         """What memory the rule takes for a stack of so many matrices like one."""
         return scratch_of(self._ruled, self._kinds, parameter, count, parameter.tensor.device.type == "cpu")
+
+    def whole_matrices(
+        self, read: Callable[[MatrixStack], Tensor | None]
+    ) -> Iterator[tuple[MatrixStack, tuple[Tensor, ...]]]:
+        """The true matrices that this rank owns, from shards that all ranks send, in float32. Collective.
+
+        Args:
+            read: From a stack of P to what is sent of it, tensors like its shards, (Q P, ...); or to None: nothing, on
+                all ranks.
+
+        Yields:
+            A stack, and for each of its blocks matrices (Q P, m, n); of one bucket after the other.
+        """
+        _, buckets, exchange = self._prepare()
+
+        def shards(number: int) -> dict[int, Tensor]:
+            found = {place: read(stack) for place, stack in enumerate(buckets[number])}
+            return {place: tensor.float() for place, tensor in found.items() if tensor is not None}
+
+        for number, whole in exchange.to_owners(shards, torch.float32):
+            for place, tensor in whole.items():
+                stack = buckets[number][place]
+                yield stack, stack.layout.matrices(tensor.view(len(tensor), *stack.layout.stored))
 
     # ------------------------------------------------------------------ preparation
 
@@ -378,9 +402,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         for number, stacks in enumerate(buckets):
             runs = []
             for stack in stacks:
-                grads = [None if refused else local_gradient(p.name, p.tensor) for p in stack.parameters]
-                if stack.part is not None and grads[0] is not None:
-                    grads = [stack.part.local(grads[0].contiguous())]
+                grads = [None] * len(stack.parameters) if refused else stack.gradients()
                 for first, end in [(0, len(grads))] if distributed else _present(grads):
                     part = stack if end - first == len(grads) else stack.some(first, end)
                     requests = self.requests(stack.parameters[0])
@@ -544,7 +566,10 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                     )
                 )
                 for place, stack in zip(places, stacks, strict=True):
-                    results[place] = stack.layout.store([next(factors) for _ in stack.layout.blocks])
+                    of_stack = [next(factors) for _ in stack.layout.blocks]
+                    results[place] = stack.layout.store(of_stack)
+                    if self._watch is not None:
+                        self._watch(runs[number][place], of_stack)
             return results
 
         return polar

@@ -15,7 +15,7 @@ from lightning_namo.optim.adamw import is_dense
 from lightning_namo.polar.cost import newton_schulz_flops
 from lightning_namo.sharding.batch import BatchPart
 from lightning_namo.sharding.layout import Layout, StatisticKind
-from lightning_namo.sharding.local import local_tensor
+from lightning_namo.sharding.local import local_gradient, local_tensor
 
 StateKind = Literal["element"] | StatisticKind
 STATE_KINDS = ("element", *get_args(StatisticKind))
@@ -135,6 +135,13 @@ class MatrixStack:
         """The blocks of each shape: [[0, 1, 2]] for equal ones."""
         blocks = self.layout.blocks
         return [[b for b, rows in enumerate(blocks) if rows == size] for size in dict.fromkeys(blocks)]
+
+    def gradients(self) -> list[Tensor | None]:
+        """The local gradients of the parameters; those of P matrices of a batched one in one tensor."""
+        found = [local_gradient(p.name, p.tensor) for p in self.parameters]
+        if self.part is not None and found[0] is not None:
+            return [self.part.local(found[0].contiguous())]
+        return found
 
     def bind(self, states: Mapping[Tensor, MutableMapping[str, Any]]) -> None:
         """Make the states of the parameters views of stacked tensors, which `state` holds.

@@ -47,7 +47,6 @@ class _AllToAllSpec:
     sends: list[tuple[int, int, ShardRegion]]
     receives: list[tuple[int, int, ShardRegion]]
     needed_by: set[int]  # stacks for which any rank needs it: all ranks take part or none
-    bucket: int
 
 
 @dataclass
@@ -130,8 +129,8 @@ class Exchange:
         self.buckets = [self._stacks(bucket) for bucket in self.assignment.buckets]
         if not self.distributed and not self.batched:  # nothing is sent, and small stacks stay in the cache
             self.buckets = [[stack] for bucket in self.buckets for stack in bucket]
-        self._shard_specs = [self._shards_spec(*numbered) for numbered in enumerate(self.buckets)]
-        self._result_specs = [self._results_spec(*numbered) for numbered in enumerate(self.buckets)]
+        self._shard_specs = [self._shards_spec(bucket) for bucket in self.buckets]
+        self._result_specs = [self._results_spec(bucket) for bucket in self.buckets]
         self._dtypes = [self.matrices[bucket[0].indices[0]].dtype for bucket in self.buckets]
 
     @property
@@ -221,6 +220,21 @@ class Exchange:
                 yield returning[0], self._receive_results(*returning)
             returning = back
 
+    def to_owners(
+        self, shards: Callable[[int], dict[int, Tensor]], dtype: torch.dtype
+    ) -> Iterator[tuple[int, dict[int, Tensor]]]:
+        """Send shards to the owners of their matrices, bucket by bucket; nothing comes back.
+
+        Args:
+            shards: As for `map`, in the given dtype.
+            dtype: In which they are sent.
+
+        Yields:
+            The number of a bucket, and by place the whole stored matrices (K, rows, columns) that this rank owns.
+        """
+        for number in range(len(self.buckets)):
+            yield number, self._receive_shards(number, *self._send_shards(number, shards, dtype))
+
     def _next(
         self, queue: deque[int], shards: Callable[[int], dict[int, Tensor]]
     ) -> tuple[int, dict[int, int], dict[int, Tensor], _InFlight] | None:
@@ -228,7 +242,7 @@ class Exchange:
         if not queue:
             return None
         number = queue.popleft()
-        return (number, *self._send_shards(number, shards))
+        return (number, *self._send_shards(number, shards, self._dtypes[number]))
 
     def _stacks(self, bucket: Sequence[int]) -> list[Stack]:
         """Group a bucket's matrices that are of one kind and laid out alike on every rank."""
@@ -248,7 +262,7 @@ class Exchange:
             for indices in portions
         ]
 
-    def _shards_spec(self, number: int, stacks: Sequence[Stack]) -> _AllToAllSpec:
+    def _shards_spec(self, stacks: Sequence[Stack]) -> _AllToAllSpec:
         sends, receives, needed = [], [], set()
         for place, stack in enumerate(stacks):
             for region, sender in stack.senders.items():
@@ -259,9 +273,9 @@ class Exchange:
                     sends.append((stack.owner, place, region))
                 if stack.owner == self.rank:
                     receives.append((sender, place, region))
-        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed, number)
+        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
 
-    def _results_spec(self, number: int, stacks: Sequence[Stack]) -> _AllToAllSpec:
+    def _results_spec(self, stacks: Sequence[Stack]) -> _AllToAllSpec:
         assignment, sends, receives, needed = self.assignment, [], [], set()
         for place, stack in enumerate(stacks):
             index, owner = stack.indices[0], stack.owner
@@ -273,10 +287,10 @@ class Exchange:
                     sends.append((rank, place, assignment.regions[rank][index]))
                 if rank == self.rank:
                     receives.append((owner, place, assignment.regions[rank][index]))
-        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed, number)
+        return _AllToAllSpec(sorted(sends, key=_peer), sorted(receives, key=_peer), needed)
 
     def _send_shards(
-        self, number: int, shards: Callable[[int], dict[int, Tensor]]
+        self, number: int, shards: Callable[[int], dict[int, Tensor]], dtype: torch.dtype
     ) -> tuple[dict[int, int], dict[int, Tensor], _InFlight]:
         """Send the shards of a bucket to their owners; put those of owned matrices into tensors (K, rows, columns).
 
@@ -287,7 +301,8 @@ class Exchange:
         with self.workspace.frame():
             local = {place: tensor.flatten(1) for place, tensor in shards(number).items()}
             counts = {place: len(tensor) for place, tensor in local.items()}
-            in_flight = self._start(spec, {place: local[place] for _, place, _ in spec.sends if place in local}, counts)
+            sent = {place: local[place] for _, place, _ in spec.sends if place in local}
+            in_flight = self._start(spec, sent, counts, dtype)
             for place, tensor in local.items():
                 if stacks[place].owner == self.rank:
                     matrix = self.matrices[stacks[place].indices[0]]
@@ -296,7 +311,12 @@ class Exchange:
         return counts, whole, in_flight
 
     def _start(
-        self, spec: _AllToAllSpec, tensors: dict[int, Tensor], counts: dict[int, int], cut: bool = False
+        self,
+        spec: _AllToAllSpec,
+        tensors: dict[int, Tensor],
+        counts: dict[int, int],
+        dtype: torch.dtype,
+        cut: bool = False,
     ) -> _InFlight:
         """Start an all-to-all of a bucket's stacks.
 
@@ -304,9 +324,9 @@ class Exchange:
             spec: What goes where.
             tensors: What is sent of each stack, by place: all of it, or its regions.
             counts: How many matrices the stacks have that take part, by place.
+            dtype: Of what is sent.
             cut: Whether regions are cut out of the tensors.
         """
-        dtype = self._dtypes[spec.bucket]
         if not spec.needed_by.intersection(counts):
             nothing = torch.empty(0, dtype=dtype, device=self.device)
             return _InFlight(None, nothing, nothing)
@@ -333,7 +353,7 @@ class Exchange:
     def _send_results(
         self, number: int, counts: dict[int, int], results: dict[int, Tensor]
     ) -> tuple[int, dict[int, int], dict[int, Tensor], _InFlight]:
-        in_flight = self._start(self._result_specs[number], results, counts, cut=True)
+        in_flight = self._start(self._result_specs[number], results, counts, self._dtypes[number], cut=True)
         stacks = self.buckets[number]
         own = {
             place: self.matrices[stacks[place].indices[0]].region.of(result).flatten(1).clone()
