@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lightning_namo.integration.preemption import SaveOnSigterm
     from lightning_namo.telemetry.noise_metric import GradientNoiseScale
     from lightning_namo.telemetry.reading_log import ReadingLog
+    from lightning_namo.telemetry.spectral_monitor import SpectralMonitor
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "OrthogonalizedOptimizer",
     "ReadingLog",
     "SaveOnSigterm",
+    "SpectralMonitor",
     "WarmupStableDecay",
     "build_optimizer",
     "clip_gradients",
@@ -53,6 +55,7 @@ _LATE = {
     "OptimizerCallback": "integration.optimizer_callback",
     "ReadingLog": "telemetry.reading_log",
     "SaveOnSigterm": "integration.preemption",
+    "SpectralMonitor": "telemetry.spectral_monitor",
     "optimize_with": "integration.configure",
 }
 """Public names, and where they are."""

@@ -128,7 +128,7 @@ class ReadingLog(pl.Callback):
             self._sizes.append((self._samples * replicas * known, self._tokens * replicas * known))
             self._samples = self._tokens = 0
             self._has_stepped = True
-        for each in _optimizers(trainer):
+        for each in orthogonalized_optimizers(trainer):
             each.keeps_readings = self._is_due
 
     def on_train_batch_end(
@@ -137,7 +137,7 @@ class ReadingLog(pl.Callback):
         """Log, if a step was taken."""
         if self._has_stepped and self._is_due:
             found: Numbers = {}
-            optimizers = _optimizers(trainer)
+            optimizers = orthogonalized_optimizers(trainer)
             for number, optimizer in enumerate(optimizers):
                 prefix = f"optimizer_{number}/" if len(optimizers) > 1 else ""
                 for name, numbers in self._read(optimizer, prefix).items():
@@ -150,7 +150,7 @@ class ReadingLog(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say what to do, unless a table does."""
-        for optimizer in _optimizers(trainer):
+        for optimizer in orthogonalized_optimizers(trainer):
             optimizer.keeps_readings = False
         if self.prints_summary and (words := self.summary()):
             rank_zero_info(f"Gradient noise: {words}")
@@ -311,5 +311,6 @@ def _averages(optimizer: OrthogonalizedOptimizer) -> dict[str, Averages]:
     }
 
 
-def _optimizers(trainer: pl.Trainer) -> list[OrthogonalizedOptimizer]:
+def orthogonalized_optimizers(trainer: pl.Trainer) -> list[OrthogonalizedOptimizer]:
+    """Those among a Trainer's optimizers."""
     return [optimizer for optimizer in trainer.optimizers if isinstance(optimizer, OrthogonalizedOptimizer)]

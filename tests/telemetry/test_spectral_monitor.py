@@ -1,0 +1,258 @@
+"""What `SpectralMonitor` writes, read back from the loggers' files."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_namo import NAMO, AdaMuon, Muon, SpectralMonitor, build_optimizer, optimize_with
+from lightning_namo.telemetry.spectral_probe import SpectralProbe
+from tests.helpers.matrices import matrix
+
+STEPS = 25
+SPECTRA = {"flat": torch.full((12,), 2.0), "steep": torch.logspace(0, -4, 12), "none": torch.zeros(12)}
+
+
+class KnownSpectra(pl.LightningModule):
+    """Gradients of known singular values, in directions that are drawn anew at each step."""
+
+    def __init__(self, optimizer: Any = NAMO, nan_in: int | None = None, **keys: Any) -> None:
+        super().__init__()
+        for name in SPECTRA:
+            self.register_module(name, nn.Linear(16, 12, bias=False))
+        self.configure_optimizers = optimize_with(  # type: ignore[method-assign]
+            optimizer, lr=1e-3, heads="matrix", first_layers="matrix", **keys
+        ).__get__(self)
+        self.nan_in, self.gradients = nan_in, {name: [] for name in SPECTRA}  # type: ignore[var-annotated]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        losses = []
+        for place, (name, values) in enumerate(SPECTRA.items()):
+            gradient = matrix(12, 16, values.double(), seed=100 * batch_idx + place)
+            if name == "flat" and batch_idx == self.nan_in:
+                gradient = gradient * math.nan
+            self.gradients[name].append(gradient.double().numpy())
+            losses.append((getattr(self, name).weight * gradient).sum())
+        return torch.stack(losses).sum()
+
+
+def fit(module: pl.LightningModule, logger: Any, *callbacks: pl.Callback, steps: int = STEPS) -> pl.Trainer:
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=logger,
+        callbacks=list(callbacks),
+        max_steps=steps,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, DataLoader(torch.zeros(steps, 1), 1))
+    return trainer
+
+
+def scalars(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, **keys: Any) -> Any:
+    """By tag and step, and all that TensorBoard's files have."""
+    fit(module, TensorBoardLogger(folder, name="", version=""), *callbacks, **keys)
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    return {t: {e.step: e.value for e in events.Scalars(t)} for t in events.Tags()["scalars"]}, events
+
+
+def test_readings_are_those_of_the_logged_step_with_the_next_gradient(tmp_path: Path) -> None:
+    module = KnownSpectra()
+    found, events = scalars(tmp_path, module, SpectralMonitor(every_n_steps=10, rank=3))
+    assert set(found["sigma_gradient_q50/flat.weight"]) == {9, 19}  # as Lightning's log interval counts
+    assert set(found["subspace_change_left/steep.weight"]) == {19}
+    for step in (9, 19):
+        at = {tag: of_steps[step] for tag, of_steps in found.items() if step in of_steps}
+        assert at["sigma_gradient_q0/flat.weight"] == pytest.approx(2.0, rel=1e-5)
+        assert at["sigma_gradient_q100/flat.weight"] == pytest.approx(2.0, rel=1e-5)
+        assert at["stable_rank_gradient/flat.weight"] == pytest.approx(12, rel=1e-5)
+        assert at["spectral_gap_gradient/flat.weight"] == pytest.approx(0, abs=1e-5)
+        assert at["unlifted_share_gradient/steep.weight"] == pytest.approx(5 / 12)  # below 0.003 * 1.09
+        assert "sigma_gradient_q50/none.weight" not in at  # all zeros: nothing can be said
+        gradients = module.gradients["steep"]
+        momentum = sum(0.05 * 0.95 ** (step - i) * gradients[i] for i in range(step + 1))
+        values = np.linalg.svd(momentum, compute_uv=False)
+        assert at["sigma_momentum_q100/steep.weight"] == pytest.approx(values[0], rel=1e-4)
+        assert at["filter_ratio_top/steep.weight"] == pytest.approx(values[0] / float(SPECTRA["steep"][0]), rel=1e-4)
+        U, _, Vh = np.linalg.svd(momentum, full_matrices=False)
+        aligned = (U @ Vh * gradients[step + 1]).sum() / float(SPECTRA["steep"].sum())
+        assert at["alignment_momentum/steep.weight"] == pytest.approx(aligned, abs=1e-5)
+        assert 0.05 < at["orthogonality_error/flat.weight"] < 0.5  # the quintic's
+        of_both = [at[f"sigma_momentum_q100/{name}.weight"] for name in ("flat", "steep")]
+        assert at["sigma_momentum_q100/median"] == pytest.approx(sum(of_both) / 2, rel=1e-5)
+        assert (at["sigma_momentum_q100/min"], at["sigma_momentum_q100/max"]) == (min(of_both), max(of_both))
+    histogram = events.Histograms("spectrum_gradient/steep.weight")[0]
+    assert histogram.step == 9
+    assert histogram.histogram_value.num == 12
+    assert histogram.histogram_value.min == pytest.approx(-4 - math.log10(1.087), abs=0.01)
+    assert "spectrum_gradient/none.weight" not in events.Tags()["histograms"]
+
+
+def test_the_last_step_is_read_without_an_alignment(tmp_path: Path) -> None:
+    found, _ = scalars(tmp_path, KnownSpectra(), SpectralMonitor(every_n_steps=10), steps=20)
+    assert set(found["sigma_momentum_q50/flat.weight"]) == {9, 19}
+    assert set(found["alignment_momentum/flat.weight"]) == {9}
+
+
+@pytest.mark.parametrize(("nan_in", "lost"), [(9, {"sigma_gradient", "orthogonality_error"}), (10, {"alignment"})])
+def test_a_nan_gradient_costs_what_it_is_in(tmp_path: Path, nan_in: int, lost: set[str]) -> None:
+    found, _ = scalars(tmp_path, KnownSpectra(nan_in=nan_in), SpectralMonitor(every_n_steps=10))
+    tags = {f"{name}/flat.weight" for name in ("sigma_gradient_q50", "alignment_momentum", "orthogonality_error")}
+    tags |= {"sigma_momentum_q50/flat.weight", "alignment_gradient/flat.weight"}
+    gone = {tag for tag in tags if 9 not in found[tag]}
+    if nan_in == 9:
+        lost = lost | {"alignment_gradient"}  # of the polar factor of a gradient that is none
+    assert gone == {tag for tag in tags if any(tag.startswith(name) for name in lost)}
+    assert all(19 in found[tag] for tag in tags)
+    assert all(math.isfinite(value) for of_steps in found.values() for value in of_steps.values())
+
+
+def test_training_is_the_same_with_and_without_it(tmp_path: Path) -> None:
+    """To the bit, random numbers too."""
+    weights = []
+    for callbacks in ([], [SpectralMonitor(every_n_steps=3)]):
+        torch.manual_seed(0)
+        module = KnownSpectra(AdaMuon)
+        fit(module, CSVLogger(tmp_path), *callbacks)
+        weights.append([*module.state_dict().values(), torch.rand(1)])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_csv_files_get_the_scalars(tmp_path: Path) -> None:
+    fit(KnownSpectra(), CSVLogger(tmp_path, name="", version=""), SpectralMonitor(every_n_steps=10))
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["sigma_momentum_q50/flat.weight"]]
+    assert [int(row["step"]) for row in rows] == [9, 19]
+    assert all(float(row["stable_rank_gradient/flat.weight"]) == pytest.approx(12, rel=1e-5) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "most", "tags"),
+    [
+        (None, 64, {"flat.weight", "steep.weight", "median", "min", "max"}),
+        (None, 2, {"median", "min", "max"}),
+        ("s*", 0, {"steep.weight", "median", "min", "max"}),
+        (["flat.*", "s*"], 0, {"flat.weight", "steep.weight", "median", "min", "max"}),
+    ],
+)
+def test_which_matrices_are_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parameters: Any, most: int, tags: set[str]
+) -> None:
+    monkeypatch.setattr("lightning_namo.telemetry.spectral_monitor.MOST_MATRICES", most)
+    found, events = scalars(tmp_path, KnownSpectra(), SpectralMonitor(every_n_steps=20, parameters=parameters))
+    assert {tag.partition("/")[2] for tag in found if tag.startswith("sigma_momentum_q50/")} == tags
+    histograms = {tag.partition("/")[2] for tag in events.Tags()["histograms"]}
+    assert histograms == tags - {"median", "min", "max"}
+
+
+@pytest.mark.parametrize(
+    ("order", "alignment"),
+    [("pre", "alignment_momentum"), ("none", None), ("post", "alignment_polar_average")],
+)
+def test_each_order_reads_what_it_keeps(tmp_path: Path, order: str, alignment: str | None) -> None:
+    found, _ = scalars(tmp_path, KnownSpectra(Muon, order=order), SpectralMonitor(every_n_steps=10))
+    names = {tag.partition("/")[0] for tag in found if tag.startswith("alignment")}
+    assert names == {"alignment_gradient", alignment} - {None}
+    if order == "post":
+        assert found["sigma_momentum_q100/flat.weight"][9] <= 1.2  # of an average of polar factors
+
+
+def test_what_it_took_is_said_at_the_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(KnownSpectra(), CSVLogger(tmp_path), SpectralMonitor(every_n_steps=10))
+    (line,) = [message for message in caplog.messages if message.startswith("SpectralMonitor")]
+    assert line.startswith("SpectralMonitor: the spectra of 6 matrices took 0.")
+    share = float(line.partition("s, ")[2].partition("%")[0])
+    assert 0 < share < 100
+
+
+def test_wrong_arguments_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected every_n_steps to be a whole number >= 1 but got 0"):
+        SpectralMonitor(every_n_steps=0)
+    with pytest.raises(ValueError, match=r"expected rank to be a whole number >= 1 but got 1\.5"):
+        SpectralMonitor(rank=1.5)  # type: ignore[arg-type]
+
+
+def test_a_glob_that_matches_nothing_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    module = KnownSpectra()
+    with pytest.raises(ValueError, match=r"Expected 'stepp\.\*' in parameters to match a matrix.* Nearest: steep"):
+        fit(module, CSVLogger(tmp_path), SpectralMonitor(parameters=["flat.*", "stepp.*"]))
+    assert module.gradients["flat"] == []
+
+
+def test_an_optimizer_without_matrices_is_warned_of(tmp_path: Path) -> None:
+    module = KnownSpectra(torch.optim.AdamW)
+    with pytest.warns(UserWarning, match="SpectralMonitor has nothing to measure"):
+        found, _ = scalars(tmp_path, module, SpectralMonitor(every_n_steps=10))
+    assert not any(tag.startswith("sigma") for tag in found)
+
+
+class Failing(KnownSpectra):
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if batch_idx == 11:
+            raise KeyError("a bug of the user's")
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_optimizer_is_left_alone_after_an_error(tmp_path: Path) -> None:
+    module = Failing()
+    with pytest.raises(KeyError):
+        fit(module, CSVLogger(tmp_path), SpectralMonitor(every_n_steps=11))
+    (optimizer,) = module.trainer.optimizers
+    assert optimizer._watch is None
+    assert not optimizer._optimizer_step_post_hooks
+
+
+class ByHand(KnownSpectra):
+    """Two optimizers, of which the second steps after every other batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:  # type: ignore[override]
+        return [build_optimizer(getattr(self, name), NAMO, lr=1e-3, heads="matrix") for name in ("flat", "steep")]
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
+        self.manual_backward(super().training_step(batch, batch_idx))
+        first, second = self.optimizers()  # type: ignore[misc]
+        for optimizer in [first, second] if batch_idx % 2 else [first]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_two_optimizers_by_hand_are_told_apart(tmp_path: Path) -> None:
+    module = ByHand()
+    del module.configure_optimizers
+    found, _ = scalars(tmp_path, module, SpectralMonitor(every_n_steps=10))
+    assert found["sigma_gradient_q100/optimizer_0/weight"][9] == pytest.approx(2.0, rel=1e-5)
+    assert "sigma_gradient_q50/optimizer_1/median" in found
+
+
+def test_a_probe_whose_parameters_have_changed_reads_nothing() -> None:
+    weight = nn.Parameter(torch.ones(3, 4))
+    optimizer = NAMO([("weight", weight)], lr=1e-3)
+    probe = SpectralProbe(optimizer, None, rank=1)
+    weight.grad = torch.randn(3, 4)
+    probe.watch()
+    optimizer.step()
+    assert probe.has_step
+    optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(3, 3)))]})
+    assert probe.read() == {}
+    assert not probe.has_step
+    probe.watch()
+    optimizer.step()
+    assert set(probe.read()) == {"weight"}
