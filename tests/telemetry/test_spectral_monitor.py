@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, AdaMuon, Muon, SpectralMonitor, build_optimizer, optimize_with
 from lightning_namo.telemetry.spectral_probe import SpectralProbe
+from tests.helpers.launch import run_ranks
 from tests.helpers.matrices import matrix
 
 STEPS = 25
@@ -36,6 +39,11 @@ class KnownSpectra(pl.LightningModule):
         ).__get__(self)
         self.nan_in, self.gradients = nan_in, {name: [] for name in SPECTRA}  # type: ignore[var-annotated]
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            for layer in self.children():
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         losses = []
         for place, (name, values) in enumerate(SPECTRA.items()):
@@ -43,11 +51,14 @@ class KnownSpectra(pl.LightningModule):
             if name == "flat" and batch_idx == self.nan_in:
                 gradient = gradient * math.nan
             self.gradients[name].append(gradient.double().numpy())
-            losses.append((getattr(self, name).weight * gradient).sum())
+            layer = getattr(self, name)  # W against the gradient, through the layer: FSDP2 gathers what it is called on
+            losses.append((layer(torch.eye(16)) * gradient.T).sum())
         return torch.stack(losses).sum()
 
 
-def fit(module: pl.LightningModule, logger: Any, *callbacks: pl.Callback, steps: int = STEPS) -> pl.Trainer:
+def fit(
+    module: pl.LightningModule, logger: Any, *callbacks: pl.Callback, steps: int = STEPS, **keys: Any
+) -> pl.Trainer:
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=logger,
@@ -57,16 +68,21 @@ def fit(module: pl.LightningModule, logger: Any, *callbacks: pl.Callback, steps:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **keys,
     )
     trainer.fit(module, DataLoader(torch.zeros(steps, 1), 1))
     return trainer
 
 
-def scalars(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, **keys: Any) -> Any:
+def curves(folder: Path) -> tuple[dict[str, dict[int, float]], EventAccumulator]:
     """By tag and step, and all that TensorBoard's files have."""
-    fit(module, TensorBoardLogger(folder, name="", version=""), *callbacks, **keys)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0}).Reload()
     return {t: {e.step: e.value for e in events.Scalars(t)} for t in events.Tags()["scalars"]}, events
+
+
+def scalars(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, **keys: Any) -> Any:
+    fit(module, TensorBoardLogger(folder, name="", version=""), *callbacks, **keys)
+    return curves(folder)
 
 
 def test_readings_are_those_of_the_logged_step_with_the_next_gradient(tmp_path: Path) -> None:
@@ -99,6 +115,26 @@ def test_readings_are_those_of_the_logged_step_with_the_next_gradient(tmp_path: 
     assert histogram.histogram_value.num == 12
     assert histogram.histogram_value.min == pytest.approx(-4 - math.log10(1.087), abs=0.01)
     assert "spectrum_gradient/none.weight" not in events.Tags()["histograms"]
+
+
+def under_fsdp2(rank: int, folder: str) -> None:
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    keys = {"strategy": strategy, "devices": 2, "use_distributed_sampler": False}
+    scalars(Path(folder), KnownSpectra(nan_in=19), SpectralMonitor(every_n_steps=10, rank=3), **keys)
+
+
+def test_the_same_is_logged_under_fsdp2(tmp_path: Path) -> None:
+    run_ranks(under_fsdp2, 2, str(tmp_path / "fsdp2"))
+    found, events = curves(tmp_path / "fsdp2")
+    expected, _ = scalars(tmp_path / "alone", KnownSpectra(nan_in=19), SpectralMonitor(every_n_steps=10, rank=3))
+    assert found.keys() == expected.keys()
+    spectra = [
+        tag for tag in expected if tag.startswith(("sigma", "alignment", "stable", "subspace", "filter", "ortho"))
+    ]
+    assert len(spectra) > 60
+    for tag in spectra:
+        assert found[tag] == pytest.approx(expected[tag], rel=1e-3, abs=1e-5), tag
+    assert len(events.Tags()["histograms"]) == 4
 
 
 def test_the_last_step_is_read_without_an_alignment(tmp_path: Path) -> None:
