@@ -127,3 +127,13 @@ def test_noise_scale_leaves_a_table_and_a_picture_of_it(tmp_path: Path) -> None:
     drawn = run_python(plot, tmp_path)
     assert drawn.returncode == 0, drawn.stderr
     assert imread(tmp_path / "out.png").std() > 0.05
+
+
+def test_spectra_compares_decompositions(tmp_path: Path) -> None:
+    options = ["--shapes", "60", "100", "--rounds", "2"]
+    done = run_python([str(BENCHMARKS / "spectra.py"), *options], tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "noise |" in line]
+    assert [row[:2] for row in rows] == [["60 x 100", "noise"], ["60 x 100", "signal in noise"]]
+    assert all(float(number) > 0 for row in rows for number in row[2:5])
+    assert float(rows[1][5]) < 0.1 < float(rows[0][5]) <= 1  # the randomized SVD's subspace

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from lightning_namo.cli import main
@@ -55,6 +56,28 @@ def test_the_noise_scale_is_measured_as_the_page_says(capsys: pytest.CaptureFixt
     scale, fraction = (float(value) for value in re.findall(r"tensor\((.*?)\)", capsys.readouterr().out))
     assert scale > 0
     assert 0 < fraction < 1
+
+
+def test_the_spectra_page_s_loop_prints_its_readings(capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, loop = snippets("spectra.md")
+    exec(trainer, {})
+    exec(loop, {})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [(int(step), name) for step, name, _, _ in rows] == [(step, f"{layer}.weight") for step in (4, 9, 14) for layer in (2, 0)]
+    assert all(0 < float(ratio) < 1 and -1 <= float(alignment) <= 1 for _, _, ratio, alignment in rows)
+
+
+def test_the_spectra_page_s_command_is_a_layer_that_keeps_the_callbacks(
+    capsys: pytest.CaptureFixture[str], kept_parsers: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    (command,) = snippets("spectra.md", "bash")
+    with pytest.raises(SystemExit):
+        main([*shlex.split(command)[1:], "--print_config"])
+    callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+    assert names.count("SpectralMonitor") == 1
+    assert {"RichProgressBar", "ModelCheckpoint", "TokenThroughput", "RunSummary"} < set(names)
 
 
 def snippets(page: str, language: str = "python") -> list[str]:

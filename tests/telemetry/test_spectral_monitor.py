@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_namo import NAMO, AdaMuon, Muon, SpectralMonitor, build_optimizer, optimize_with
 from lightning_namo.telemetry.spectral_probe import SpectralProbe
+from lightning_namo.testing.layouts import Experts
 from tests.helpers.launch import run_ranks
 from tests.helpers.matrices import matrix
 
@@ -292,3 +293,17 @@ def test_a_probe_whose_parameters_have_changed_reads_nothing() -> None:
     probe.watch()
     optimizer.step()
     assert set(probe.read()) == {"weight"}
+
+
+def test_blocks_of_experts_are_named_one_expert_after_the_other_as_readings_are() -> None:
+    module = Experts(3, 8, 5)
+    optimizer = build_optimizer(module, NAMO, lr=1e-3, blocks={"weight": 2}, batched="weight")
+    optimizer.keeps_readings = True
+    probe = SpectralProbe(optimizer, None, rank=1)
+    module.weight.grad = gradient = torch.randn(3, 8, 5)
+    probe.watch()
+    optimizer.step()
+    found = {name: spectra.numbers()["sigma_gradient_q100"] for name, spectra in probe.read().items()}
+    values = torch.linalg.matrix_norm(gradient.view(3, 2, 4, 5), 2).flatten()
+    assert found == pytest.approx({f"weight[{i}]": float(value) for i, value in enumerate(values)})
+    assert optimizer.readings()["step_scale"]["weight"].shape == (6,)
