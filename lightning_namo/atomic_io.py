@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lightning_namo.progress import counted
+
 BLOCK = 2**20  # bytes to read at a time
 
 
@@ -59,9 +61,9 @@ def blocks(path: Path) -> Iterator[bytes]:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
+    """SHA-256 of a file, in hexadecimal digits, with a progress bar."""
     digest = hashlib.sha256()
-    for block in blocks(path):
+    for block in counted(blocks(path), len, f"Checking {path.name}", "B", path.stat().st_size):
         digest.update(block)
     return digest.hexdigest()
 

@@ -16,8 +16,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
+from tqdm.utils import CallbackIOWrapper
 
 from lightning_namo.atomic_io import check_output, replacing
+from lightning_namo.progress import progress_bar
 
 SHARDED = (".metadata", "meta.pt")
 """Files of a sharded checkpoint beside the shards: torch's index of them, and everything that is not sharded."""
@@ -47,8 +49,13 @@ def consolidate(ckpt_path: str, out: str, overwrite: bool = False) -> dict[str, 
     if source.is_file():
         raise ValueError(f"Expected a sharded checkpoint, which is a folder. Got {source}, which is one file already.")
     checkpoint = read_checkpoint(source)
-    with replacing(target) as temporary:
-        torch.save(checkpoint, temporary)
+    size = sum(file.stat().st_size for file in source.iterdir())
+    with (
+        replacing(target) as temporary,
+        temporary.open("wb") as file,
+        progress_bar(f"Writing {target.name}", "B", size) as bar,
+    ):
+        torch.save(checkpoint, CallbackIOWrapper(bar.update, file, "write"))
     return {
         "out": str(target),
         "bytes": target.stat().st_size,
@@ -109,9 +116,10 @@ def _read_folder(folder: Path, optimizers: bool) -> dict[str, Any]:
         entry = metadata.state_dict_metadata[name]
         if isinstance(entry, TensorStorageMetadata):
             flat[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
+    size = sum(value.nbytes for value in flat.values() if isinstance(value, torch.Tensor))
+    with warnings.catch_warnings(), progress_bar(f"Reading {folder.name}", "B", size) as bar:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
-        load(flat, storage_reader=reader, planner=_Planner(), no_dist=True)
+        load(flat, storage_reader=reader, planner=_Planner(bar), no_dist=True)
     parts = _nested({paths[name]: value for name, value in flat.items()})
     checkpoint: dict[str, Any] = _load(folder / "meta.pt")
     checkpoint["state_dict"] = parts.pop("model" if "model" in parts else "state_dict")  # FSDP1's name, and FSDP2's
@@ -122,7 +130,14 @@ def _read_folder(folder: Path, optimizers: bool) -> dict[str, Any]:
 
 
 class _Planner(DefaultLoadPlanner):
-    """torch's, which unpickles whatever is no tensor, without running code from it."""
+    """torch's, which unpickles whatever is no tensor, without running code from it; with a progress bar of bytes."""
+
+    def __init__(self, bar: Any) -> None:
+        super().__init__()
+        self._bar = bar
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        self._bar.update(tensor.nbytes)
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         self.original_state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning_namo.atomic_io import check_output, replacing
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT
 from lightning_namo.gpt2.load import EMBEDDING, HEAD, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import GPT2
+from lightning_namo.progress import progress_bar
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """Weights of a block that transformers keeps as `(in, out)`, in its Conv1D."""
@@ -55,14 +58,17 @@ def export(
         raise ValueError(f"Expected to overwrite the folder of an earlier export. Got {target}, which is none.")
     network = load_network(source)
     vocabulary = find_vocabulary(source, network.config.vocab_size, data_dir, vocab_size)
-    model = to_transformers(network, vocabulary)
-    with replacing(target) as temporary:
-        model.save_pretrained(temporary)
+    with progress_bar("Exporting", "step", total=2) as bar, replacing(target) as temporary:
+        model = to_transformers(network, vocabulary)
+        bar.update()
+        with _without_its_bars(transformers):
+            model.save_pretrained(temporary)
         if vocabulary.tokenizer is not None:
             special = {} if vocabulary.end is None else dict.fromkeys(SPECIAL, END_OF_TEXT)
             transformers.PreTrainedTokenizerFast(
                 tokenizer_object=vocabulary.tokenizer, model_max_length=network.config.block_size, **special
             ).save_pretrained(temporary)
+        bar.update()
     return {
         "out_dir": str(target),
         "files": sorted(file.name for file in target.iterdir()),
@@ -80,6 +86,19 @@ def _transformers() -> Any:
             f"Expected transformers to be installed: pip install 'lightning-namo[export]'. Got {error}."
         ) from error
     return transformers
+
+
+@contextmanager
+def _without_its_bars(transformers: Any) -> Iterator[None]:
+    """Keep transformers from showing progress, which it does also where there is no terminal."""
+    logging = transformers.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _is_export(folder: Path) -> bool:

@@ -35,7 +35,7 @@ TEXTS = [f"Document {n}: {UNICODE} It's the {n}th of them.\n\n" + "We'll see. " 
 
 
 def ids_of(encoder: Encoder, text: str) -> list[int]:
-    return np.frombuffer(b"".join(encoder.encode(text)), dtype="<u2").tolist()
+    return np.frombuffer(b"".join(ids for _, ids in encoder.encode(text)), dtype="<u2").tolist()
 
 
 def tokens_in(folder: Path, name: str) -> list[int]:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from lightning_namo.progress import progress_bar
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 KINDS = ".txt, .jsonl or .parquet"
 SPAN = 2**22  # bytes of a .jsonl file in a span
@@ -95,32 +97,39 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
     return files
 
 
-def scan(files: Iterable[Path], text_key: str) -> Iterator[Span]:
-    """Yield the spans of files.
+def scan(files: list[Path], text_key: str) -> Iterator[Span]:
+    """Yield the spans of files, with a progress bar.
 
     Text is read to the end, as far as it is in .txt and .jsonl files, and only counted in .parquet files.
 
     Raises:
         ValueError: A file without text or that cannot be read; the message says where.
     """
-    for path in files:
-        found = False
-        for span in _SCANS[path.suffix](path, text_key):
-            found = True
-            yield span
-        if not found:
-            raise ValueError(f"Expected text in {path}. Got an empty file.")
+    with progress_bar("Reading", "B", sum(path.stat().st_size for path in files if path.suffix != ".parquet")) as bar:
+        for path in files:
+            found = False
+            for span in _SCANS[path.suffix](path, text_key):
+                found = True
+                yield span
+                bar.update(0 if path.suffix == ".parquet" else span.size)
+            if not found:
+                raise ValueError(f"Expected text in {path}. Got an empty file.")
 
 
-def read(spans: Iterable[Span], text_key: str) -> Iterator[str]:
-    """Yield the documents of spans. Those of a .parquet file may be blank."""
+def read(spans: Iterable[Span], text_key: str) -> Iterator[tuple[float, str]]:
+    """Yield the documents of spans, each with its size, the mean of its span. Those of a .parquet file may be blank."""
     for span in spans:
-        if span.file.suffix == ".txt":
-            yield _txt(span.file)
-        elif span.file.suffix == ".jsonl":
-            yield from (text for _, text in _jsonl(span.file, text_key, span.start, span.stop))
-        else:
-            yield from _parquet(span, text_key)
+        for text in _read(span, text_key):
+            yield span.size / span.documents, text
+
+
+def _read(span: Span, text_key: str) -> Iterator[str]:
+    if span.file.suffix == ".txt":
+        yield _txt(span.file)
+    elif span.file.suffix == ".jsonl":
+        yield from (text for _, text in _jsonl(span.file, text_key, span.start, span.stop))
+    else:
+        yield from _parquet(span, text_key)
 
 
 def _scan_txt(path: Path, text_key: str) -> Iterator[Span]:

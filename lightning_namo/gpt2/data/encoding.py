@@ -50,12 +50,12 @@ class Encoder:
         self._fast = fast
         self._end = tokenizer.token_to_id(END_OF_TEXT)
 
-    def encode(self, document: str) -> Iterator[bytes]:
-        """Yield the ids of a document, little-endian uint16, piece by piece, and `END_OF_TEXT`."""
+    def encode(self, document: str) -> Iterator[tuple[int, bytes]]:
+        """Yield the characters and the ids, little-endian uint16, of each piece of a document, and `END_OF_TEXT`."""
         for piece in pieces(document):
-            yield np.array(self._ids(piece), dtype="<u2").tobytes()
+            yield len(piece), np.array(self._ids(piece), dtype="<u2").tobytes()
         if self._end is not None:
-            yield np.array([self._end], dtype="<u2").tobytes()
+            yield 0, np.array([self._end], dtype="<u2").tobytes()
 
     def _ids(self, text: str) -> list[int]:
         if self._fast is not None:

@@ -62,9 +62,16 @@ def openwebtext(
 def download(out_dir: str, val_fraction: float, seed: int) -> list[Path]:
     """Return OpenWebText's parquet files from the hub's cache, and what is not there from the hub."""
     from huggingface_hub import snapshot_download  # comes with tokenizers
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):  # the hub's own is shown where there is no terminal, too
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **{"disable": None, **options})  # type: ignore[no-untyped-call]
 
     try:
-        folder = snapshot_download(REPOSITORY, repo_type="dataset", revision=REVISION, allow_patterns=FILES)
+        folder = snapshot_download(
+            REPOSITORY, repo_type="dataset", revision=REVISION, allow_patterns=FILES, tqdm_class=Bar
+        )
     except Exception as error:  # the hub's, the HTTP client's and the system's have no class in common
         raise ValueError(
             f"Expected {FILES} of https://huggingface.co/datasets/{REPOSITORY}, revision {REVISION[:8]}. Could not"

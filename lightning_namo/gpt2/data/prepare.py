@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ from lightning_namo.arguments import COUNT, COUNT_OR_ZERO, OPEN_UNIT, check_rang
 from lightning_namo.atomic_io import read_json, replacing, sha256, write_json
 from lightning_namo.gpt2.data.corpus import CORPUS_SHA256, load_speeches
 from lightning_namo.gpt2.data.documents import Split, choose, find_files, read, scan
-from lightning_namo.gpt2.data.encoding import END_OF_TEXT, Encoder, load_encoder, load_tokenizer, train_tokenizer
+from lightning_namo.gpt2.data.encoding import (
+    END_OF_TEXT,
+    Encoder,
+    load_encoder,
+    load_tokenizer,
+    pieces,
+    train_tokenizer,
+)
 from lightning_namo.gpt2.data.tokenize import Job, Part, clear, encode_parts, gather_parts, is_folder_of, open_folder
+from lightning_namo.progress import counted, progress_bar
 
 __all__ = ["END_OF_TEXT", "SPEECHES_VOCAB_SIZE", "load_tokenizer", "prepare", "prepare_speeches", "train_tokenizer"]
 
@@ -116,14 +124,14 @@ def prepare_files(
     manifest["parts"] = [part.first for part in parts]
     if isinstance(tokenizer, int):
         kept = _kept_tokenizer(partial, manifest)
-        tokenizer = Encoder(kept or _train(parts, split, text_key, tokenizer), name)
+        tokenizer = Encoder(kept or train_tokenizer(_training_text(parts, split, text_key), tokenizer), name)
     open_folder(partial, manifest)
     _write_tokenizer(partial, tokenizer.tokenizer)
     job = Job(partial, tokenizer, split, text_key)
     documents = encode_parts(job, parts, num_proc)
     if not all(documents.values()):
         raise ValueError(f"Expected text to train on and text to validate on. Got {documents}, blank ones aside.")
-    ids = {name: job.ids(parts, name) for name in documents}
+    ids = {name: _with_bar(job, parts, name) for name in documents}
     meta = _write(folder, tokenizer, ids, source, {f"{part}_documents": count for part, count in documents.items()})
     clear(partial)
     return meta
@@ -151,7 +159,7 @@ def write_dataset(
     """Write the token files of documents that are at hand."""
     encoder = Encoder(tokenizer, "trained")
     documents = {"train": train, "val": validation}
-    ids = {name: (ids for text in texts for ids in encoder.encode(text)) for name, texts in documents.items()}
+    ids = {name: (ids for text in texts for _, ids in encoder.encode(text)) for name, texts in documents.items()}
     return _write(folder, encoder, ids, source, {})
 
 
@@ -181,11 +189,22 @@ def _write(
     return meta
 
 
-def _train(parts: Iterable[Part], split: Split, text_key: str, vocab_size: int) -> Tokenizer:
-    """Train a tokenizer on the training documents."""
+def _training_text(parts: list[Part], split: Split, text_key: str) -> Iterator[str]:
+    """Yield the training documents piece by piece, with a progress bar of all documents."""
     spans = (span for part in parts for span in part.spans)
-    shares = (share for n, text in enumerate(read(spans, text_key)) for share in split.divide(n, text))
-    return train_tokenizer((text for name, text in shares if name == "train"), vocab_size)
+    with progress_bar("Training the tokenizer", "B", sum(part.size for part in parts)) as bar:
+        for number, (size, text) in enumerate(read(spans, text_key)):
+            for name, share in split.divide(number, text):
+                for piece in pieces(share):
+                    if name == "train":
+                        yield piece
+                    bar.update(size * len(piece) / len(text))
+
+
+def _with_bar(job: Job, parts: list[Part], name: str) -> Iterator[bytes]:
+    """Yield the ids of finished parts, with a progress bar."""
+    total = sum(job.path(part, name).stat().st_size for part in parts)
+    return counted(job.ids(parts, name), len, f"Writing {name}.bin", "B", total)
 
 
 def _kept_tokenizer(partial: Path, manifest: dict[str, Any]) -> Tokenizer | None:

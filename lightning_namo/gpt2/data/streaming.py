@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,17 +41,18 @@ def chunks(data_dir: str, out_dir: str, chunk_tokens: int = 2**25) -> dict[str, 
     for part in ("train", "val"):
         file = TokenWindows(source / f"{part}.bin", 1).path
         piece = min(PIECE, chunk_tokens)
-        litdata.optimize(
-            partial(_read, file, piece),
-            list(range(0, file.stat().st_size // 2, piece)),
-            output_dir=str(target / part),
-            chunk_size=chunk_tokens,
-            item_loader=litdata.TokensLoader(),
-            num_workers=1,
-            keep_data_ordered=True,
-            mode="overwrite",
-            verbose=False,
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # what litdata says beside its bar
+            litdata.optimize(
+                partial(_read, file, piece),
+                list(range(0, file.stat().st_size // 2, piece)),
+                output_dir=str(target / part),
+                chunk_size=chunk_tokens,
+                item_loader=litdata.TokensLoader(),
+                num_workers=1,
+                keep_data_ordered=True,
+                mode="overwrite",
+                verbose=sys.stderr.isatty(),
+            )
     for name in ("meta.json", "tokenizer.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -10,17 +11,16 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from lightning_namo.atomic_io import blocks, read_json, replacing, write_json
 from lightning_namo.gpt2.data.documents import Span, Split, read
 from lightning_namo.gpt2.data.encoding import Encoder
+from lightning_namo.progress import progress_bar
 
 PART = 2**25  # bytes of text in a part, at least
 NAMES = ("train", "val")
@@ -85,21 +85,21 @@ class Job:
     split: Split
     text_key: str
 
-    def encode(self, part: Part) -> int:
-        """Encode a part and return its size. Blank documents of .parquet files are left out."""
+    def encode(self, part: Part) -> Iterator[float]:
+        """Encode a part, yielding the sizes of what is done. Blank documents of .parquet files are left out."""
         paths = {name: self.path(part, name) for name in NAMES}
         documents = dict.fromkeys(NAMES, 0)
         with contextlib.ExitStack() as stack:
             temporary = {name: stack.enter_context(replacing(path)) for name, path in paths.items()}
             files = {name: stack.enter_context(path.open("wb")) for name, path in temporary.items()}
-            for number, text in enumerate(read(part.spans, self.text_key), start=part.first):
+            for number, (size, text) in enumerate(read(part.spans, self.text_key), start=part.first):
                 for name, share in self.split.divide(number, text) if text.strip() else ():
                     documents[name] += 1
-                    for ids in self.encoder.encode(share):
+                    for characters, ids in self.encoder.encode(share):
                         files[name].write(ids)
+                        yield size * characters / len(text)
         sizes = {name: path.stat().st_size for name, path in paths.items()}
         write_json(self.path(part, "json"), {"documents": documents, "bytes": sizes})
-        return part.size
 
     def path(self, part: Part, suffix: str) -> Path:
         """A file of a part."""
@@ -168,14 +168,15 @@ def encode_parts(job: Job, parts: Iterable[Part], num_proc: int) -> dict[str, in
     parts = list(parts)
     waiting = [part for part in parts if job.finished(part) is None]
     total, left = (sum(part.size for part in some) for some in (parts, waiting))
-    with tqdm(desc="Encoding", total=total, initial=total - left, unit="B", unit_scale=True, mininterval=1) as bar:
-        for size in _in_processes(job, waiting, num_proc) if num_proc > 1 else map(job.encode, waiting):
+    one_by_one = itertools.chain.from_iterable(map(job.encode, waiting))
+    with progress_bar("Encoding", "B", total, initial=total - left) as bar:
+        for size in _in_processes(job, waiting, num_proc) if num_proc > 1 else one_by_one:
             bar.update(size)
     marks = [job.finished(part) for part in parts]
     return {name: sum(mark["documents"][name] for mark in marks if mark) for name in NAMES}
 
 
-def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[int]:
+def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[float]:
     # Spawned, not forked: tokenizers and pyarrow have threads, which do not survive a fork. The job goes by a file, as
     # what does not fit into a pipe keeps each process from being started until the one before has imported torch.
     file = job.folder / "job.pickle"
@@ -183,8 +184,10 @@ def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[int]:
         temporary.write_bytes(pickle.dumps(job))
     pool = ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn"), _start, (file,))
     try:
-        for future in as_completed([pool.submit(_encode, part) for part in parts]):
-            yield future.result()
+        waiting = {pool.submit(_encode, part) for part in parts}
+        while waiting:
+            done, waiting = wait(waiting, timeout=1, return_when=FIRST_COMPLETED)
+            yield sum(future.result() for future in done)  # also of none, so that the bar goes on with its time
     except BrokenProcessPool as error:
         raise RuntimeError(
             "Expected the processes to last. One of them was killed, maybe for memory: the same command goes on with"
@@ -212,5 +215,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _encode(part: Part) -> int:
-    return _job.encode(part)
+def _encode(part: Part) -> float:
+    return sum(_job.encode(part))

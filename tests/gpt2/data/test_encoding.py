@@ -12,7 +12,7 @@ from lightning_namo.cli import main
 from lightning_namo.gpt2.data import encoding
 from lightning_namo.gpt2.data.corpus import load_speeches
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT, Encoder, load_encoder, load_tokenizer, train_tokenizer
-from lightning_namo.gpt2.data.prepare import write_dataset
+from lightning_namo.gpt2.data.prepare import prepare, write_dataset
 from tests.helpers.text import TEXT, TEXTS, UNICODE, ids_of, unhurried, write_jsonl
 
 
@@ -29,6 +29,15 @@ def test_long_documents_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytes
     ids = np.fromfile(tmp_path / "train.bin", dtype="<u2").tolist()
     expected = UNICODE + END_OF_TEXT + TEXT + END_OF_TEXT
     assert tokenizer.decode(ids, skip_special_tokens=False) == expected
+
+
+def test_a_tokenizer_trained_on_pieces_is_that_of_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.txt").write_bytes((UNICODE + TEXT).encode())
+    for piece in (2**20, 7):
+        monkeypatch.setattr(encoding, "PIECE", piece)
+        prepare([str(tmp_path / "one.txt")], str(tmp_path / str(piece)), vocab_size=300)
+    whole, pieces = ((tmp_path / str(piece) / "tokenizer.json").read_text() for piece in (2**20, 7))
+    assert pieces == whole
 
 
 def test_a_tokenizer_too_large_for_uint16_is_refused(tmp_path: Path) -> None:

@@ -16,12 +16,13 @@ from tests.helpers.text import TEXTS, write_jsonl, write_parquet
 
 CHILD = """
 import os, signal, sys
+from concurrent.futures import Future
 from lightning_namo.gpt2.data import documents, encoding, tokenize
 from lightning_namo.gpt2.data.prepare import prepare
 
 documents.SPAN, tokenize.PART = 300, 1000
 cls, method, calls, texts, out, tokenizer, num_proc = sys.argv[1:]
-cls, calls = {"Encoder": encoding.Encoder, "tqdm": tokenize.tqdm}[cls], int(calls)
+cls, calls = {"Encoder": encoding.Encoder, "Future": Future}[cls], int(calls)
 original = getattr(cls, method)
 
 def counted(self, *args):
@@ -55,7 +56,7 @@ def _count_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     encoded: list[int] = []
     encode = tokenize.Job.encode
 
-    def counted(job: tokenize.Job, part: tokenize.Part) -> int:
+    def counted(job: tokenize.Job, part: tokenize.Part) -> Iterator[float]:
         encoded.append(part.number)
         return encode(job, part)
 
@@ -66,7 +67,7 @@ def _count_parts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "calls", "num_proc", "resumed_with", "tokenizer"),
-    [("Encoder", 30, 1, 2, "train"), ("tqdm", 4, 2, 1, "gpt2")],
+    [("Encoder", 30, 1, 2, "train"), ("Future", 4, 2, 1, "gpt2")],
     ids=["within_a_part", "with_its_processes"],
 )
 @pytest.mark.usefixtures("small_parts")
@@ -83,7 +84,7 @@ def test_a_killed_run_goes_on_to_the_same_files(
     write_jsonl(tmp_path / "texts", TEXTS)
     inputs, out = str(tmp_path / "texts.jsonl"), tmp_path / "out"
     name = vocabulary if tokenizer == "gpt2" else tokenizer
-    method = {"Encoder": "encode", "tqdm": "update"}[cls]
+    method = {"Encoder": "encode", "Future": "result"}[cls]
     command = ["-c", CHILD, cls, method, str(calls), inputs, str(out), name, str(num_proc)]
     # The pipe is closed only when the last of its processes is gone: none outlives the run.
     killed = run_python(command)
@@ -108,9 +109,9 @@ def test_a_killed_run_goes_on_to_the_same_files(
 class Killed(Encoder):
     """Takes its process with it, as the system does when memory is short."""
 
-    def encode(self, document: str) -> Iterator[bytes]:
+    def encode(self, document: str) -> Iterator[tuple[int, bytes]]:
         os.kill(os.getpid(), signal.SIGKILL)
-        yield b""
+        yield 0, b""
 
 
 @pytest.mark.slow
@@ -147,7 +148,7 @@ def test_parts_are_kept_for_the_same_files_and_settings_only(
     file, out = tmp_path / "texts.jsonl", tmp_path / "out"
     full = tokenize.Job.encode
 
-    def interrupted(job: tokenize.Job, part: tokenize.Part) -> int:
+    def interrupted(job: tokenize.Job, part: tokenize.Part) -> Iterator[float]:
         if part.number == 3:
             raise KeyboardInterrupt
         return full(job, part)
