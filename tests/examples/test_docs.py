@@ -63,7 +63,8 @@ def test_the_spectra_page_s_loop_prints_its_readings(capsys: pytest.CaptureFixtu
     exec(trainer, {})
     exec(loop, {})
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [(int(step), name) for step, name, _, _ in rows] == [(step, f"{layer}.weight") for step in (4, 9, 14) for layer in (2, 0)]
+    expected = [(step, f"{layer}.weight") for step in (4, 9, 14) for layer in (2, 0)]
+    assert [(int(step), name) for step, name, _, _ in rows] == expected
     assert all(0 < float(ratio) < 1 and -1 <= float(alignment) <= 1 for _, _, ratio, alignment in rows)
 
 
