@@ -5,6 +5,7 @@ Nothing here asks which parallel strategy runs: a parameter's `Layout` says wher
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from lightning_namo.optim.adamw import AdamWStep, on_some_ranks_only
 from lightning_namo.optim.formulas import HyperParameters
 from lightning_namo.optim.groups import named_parameters
 from lightning_namo.optim.rule import Matrices, Rule
-from lightning_namo.optim.run import Reading, Requests, StackRun
+from lightning_namo.optim.run import Reading, Requests, StackRun, Watcher
 from lightning_namo.optim.stack import MatrixParameter, MatrixStack, statistics_dtype
 from lightning_namo.optim.state import StatefulOptimizer
 from lightning_namo.optim.step_agreement import StepAgreement
@@ -96,7 +97,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     batched: bool | None = None
     keeps_readings: bool = False
     _readings: Sequence[Reading] = ()  # of the last step
-    _watch: Callable[[StackRun, list[Tensor]], None] | None = None  # is told the polar factors of the matrices here
+    _watchers: Sequence[Watcher] = ()
     _prepared: tuple[list[MatrixParameter], list[list[MatrixStack]], Exchange] | None = None
     _prepared_for: Sequence[tuple[Any, ...]] = ()
     _requests: dict[tuple[int, tuple[int, ...]], Requests]  # of what is prepared, by group and shape
@@ -144,7 +145,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         adamw = AdamWStep(self.param_groups, self.state, refused=refusal is not None)
         skipped = adamw.not_finite_flags()
         readings: list[Reading] = []
-        with exchange.workspace.frame():
+        with exchange.workspace.frame(), _own_dtypes(exchange.device):
+            for watcher in self._watchers:
+                watcher.step_begins()
             for runs in self._start(refused=refusal is not None):
                 if exchange.distributed:
                     skipped = self._agree(runs, adamw, skipped, refusal)
@@ -156,6 +159,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                         run.count_step()
                     if self.keeps_readings:
                         readings += run.readings()
+        for watcher in self._watchers:
+            watcher.step_ends()
         self._readings = readings
         adamw.run(skipped)
         self._count_adamw(skipped)
@@ -217,7 +222,9 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
     def whole_matrices(
         self, read: Callable[[MatrixStack], Tensor | None]
     ) -> Iterator[tuple[MatrixStack, tuple[Tensor, ...]]]:
-        """The true matrices that this rank owns, from shards that all ranks send, in float32. Collective.
+        """The true matrices that this rank owns, from shards that all ranks send. Collective.
+
+        They are float32, or float64 where any parameter is.
 
         Args:
             read: From a stack of P to what is sent of it, tensors like its shards, (Q P, ...); or to None: nothing, on
@@ -226,13 +233,14 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         Yields:
             A stack, and for each of its blocks matrices (Q P, m, n); of one bucket after the other.
         """
-        _, buckets, exchange = self._prepare()
+        parameters, buckets, exchange = self._prepare()
+        dtype = max((statistics_dtype(p.tensor) for p in parameters), key=lambda d: d.itemsize, default=torch.float32)
 
         def shards(number: int) -> dict[int, Tensor]:
             found = {place: read(stack) for place, stack in enumerate(buckets[number])}
-            return {place: tensor.float() for place, tensor in found.items() if tensor is not None}
+            return {place: tensor.to(dtype) for place, tensor in found.items() if tensor is not None}
 
-        for number, whole in exchange.to_owners(shards, torch.float32):
+        for number, whole in exchange.to_owners(shards, dtype):
             for place, tensor in whole.items():
                 stack = buckets[number][place]
                 yield stack, stack.layout.matrices(tensor.view(len(tensor), *stack.layout.stored))
@@ -568,8 +576,8 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 for place, stack in zip(places, stacks, strict=True):
                     of_stack = [next(factors) for _ in stack.layout.blocks]
                     results[place] = stack.layout.store(of_stack)
-                    if self._watch is not None:
-                        self._watch(runs[number][place], of_stack)
+                    for watcher in self._watchers:
+                        watcher.sees(runs[number][place], of_stack)
             return results
 
         return polar
@@ -610,6 +618,12 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 self._directions([run])
             step = of_parameter[run.stack.parameters[0].tensor]["step"]
             step.copy_(step.bool() | (run.norm_sq > 0).any())
+
+
+def _own_dtypes(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Products are taken in the dtypes of their factors, also where a step is taken inside of autocast."""
+    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext()
 
 
 def _present(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:

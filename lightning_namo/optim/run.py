@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -326,6 +326,19 @@ class StackRun:
     def count_step(self) -> None:
         """Count the step of a batched parameter, once the rules of all its parts have ended."""
         self.stack.count_step(self._valid, self._skipped)
+
+
+class Watcher(Protocol):
+    """Who is told of an optimizer's steps; on all ranks, or on none."""
+
+    def step_begins(self) -> None:
+        """The gradients of a step are there."""
+
+    def sees(self, run: StackRun, factors: Sequence[Tensor]) -> None:
+        """The polar factors of a stack that this rank owns, (P, m, n) for each block; they are used again."""
+
+    def step_ends(self) -> None:
+        """The matrices are updated."""
 
 
 class Answers(tuple[Tensor, ...]):

@@ -33,7 +33,7 @@ class Decomposition:
         matrix: Finite.
 
     Attributes:
-        values: Singular values, (min(m, n),), the largest first; 0 where they are less than 1e-7 of it.
+        values: Singular values, (min(m, n),), the largest first; 0 where they are less than 1e-7 of that.
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -51,15 +51,17 @@ class Decomposition:
         return cast(Tensor, wide.mT if self._is_tall else wide)
 
     def leading(self, rank: int) -> tuple[Tensor, Tensor] | None:
-        """The first left and right singular vectors, (m, rank) and (n, rank), zeros where a singular value is 0.
+        """The first left and right singular vectors, (m, rank) and (n, rank); NaN if not so many values are above 0.
 
-        None where that is no part of the matrix's rank.
+        None where that is no part of the matrix's directions.
         """
         if rank >= len(self.values):
             return None
-        short = self._vectors[:, :rank] * self._is_there[:rank]
-        long = torch.where(self._is_there[:rank], (self._wide.mT @ short) / self.values[:rank], 0)
-        return (long, short) if self._is_tall else (short, long)
+        short = self._vectors[:, :rank]
+        long = (self._wide.mT @ short) / self.values[:rank]
+        sides = (long, short) if self._is_tall else (short, long)
+        left, right = (torch.where(self._is_there[rank - 1], side, math.nan) for side in sides)
+        return left, right
 
 
 def nuclear_norm(matrix: Tensor) -> Tensor:
@@ -71,8 +73,10 @@ def nuclear_norm(matrix: Tensor) -> Tensor:
 
 def subspace_error(found: Tensor, expected: Tensor) -> Tensor:
     """``sqrt(1 - sigma_min(A^T B)^2)``, the sine of the largest angle between the spans of orthonormal columns, ()."""
-    outside: Tensor = torch.linalg.matrix_norm(expected - found @ (found.mT @ expected), 2)
-    return outside.clamp(max=1)
+    outside = expected - found @ (found.mT @ expected)
+    known = outside.isfinite().all()
+    sine: Tensor = torch.linalg.matrix_norm(torch.where(known, outside, 0), 2)
+    return torch.where(known, sine.clamp(max=1), math.nan)
 
 
 def workable(matrix: Tensor) -> Tensor:
@@ -86,12 +90,12 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonality_error(factor: Tensor) -> Tensor:
-    """``||O O^T - I||_F / sqrt(r)`` of matrices (..., m, n), or of O^T O where they are tall; (...)."""
+    """``||O O^T - I||_F / sqrt(r)`` of matrices (..., m, n), or of O^T O where they are tall; (...), NaN of zeros."""
     wide = (factor if factor.shape[-2] <= factor.shape[-1] else factor.mT).float()
     gram = wide @ wide.mT
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     distance: Tensor = torch.linalg.matrix_norm(gram)
-    return distance / math.sqrt(gram.shape[-1])
+    return torch.where(factor.any(dim=-1).any(dim=-1), distance / math.sqrt(gram.shape[-1]), math.nan)
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,9 @@ class Measured:
     """Numbers of one matrix beside its singular values; NaN where there is none.
 
     Attributes:
-        alignment_momentum: Of the momentum's polar factor with a gradient that is not in it.
+        alignment_momentum: Of the momentum's polar factor with the next gradient, which is not in it.
         alignment_gradient: Of the gradient's polar factor.
-        alignment_polar_average: Of the momentum itself, where it averages polar factors.
+        alignment_polar_average: Of the momentum itself, where that averages polar factors.
         subspace_change_left: Sine of the largest angle by which the momentum's leading left singular vectors have
             turned since the last reading.
         subspace_change_right: And the right ones.
@@ -128,27 +132,29 @@ class Spectra:
         momentum: Of M after the step that G is in; NaN where no momentum is kept.
         measured: Other numbers.
         rank: Of the part that is taken for signal.
+        averages_gradients: Whether M does, and is in G's units.
     """
 
     gradient: np.ndarray
     momentum: np.ndarray
     measured: Measured
     rank: int
+    averages_gradients: bool = True
 
     def numbers(self) -> dict[str, float]:
         """All that is known, by name."""
         found = vars(self.measured).copy()
-        for name, values in {"gradient": self.gradient, "momentum": self.momentum}.items():
-            if not np.isfinite(values).all() or not values[0]:
+        for name, singular in {"gradient": self.gradient, "momentum": self.momentum}.items():
+            if not np.isfinite(singular).all() or not singular[0]:
                 continue
-            quantiles = np.percentile(values, QUANTILES)
+            quantiles = np.percentile(singular, QUANTILES)
             found |= {f"sigma_{name}_q{q}": float(value) for q, value in zip(QUANTILES, quantiles, strict=True)}
-            squares = float(values @ values)
-            found[f"stable_rank_{name}"] = squares / float(values[0]) ** 2
-            found[f"unlifted_share_{name}"] = float(np.mean(values < UNLIFTED * math.sqrt(squares)))
-            if self.rank < len(values):
-                found[f"spectral_gap_{name}"] = float(values[self.rank - 1] - values[self.rank])
-        if math.isnan(self.measured.alignment_polar_average):  # else the two have different units
+            relative = singular.astype(np.float64) / singular[0]
+            found[f"stable_rank_{name}"] = float(relative @ relative)
+            found[f"unlifted_share_{name}"] = float(np.mean(relative < UNLIFTED * np.linalg.norm(relative)))
+            if self.rank < len(singular):
+                found[f"spectral_gap_{name}"] = float(singular[self.rank - 1] - singular[self.rank])
+        if self.averages_gradients:
             places = {"top": 0, "rank": self.rank - 1, "middle": len(self.gradient) // 2}
             for name, k in places.items():
                 if k < len(self.gradient) and self.gradient[k]:
@@ -158,5 +164,8 @@ class Spectra:
     def relative(self, name: str) -> np.ndarray:
         """Common logarithms of the singular values over the Frobenius norm, where they are not 0."""
         values = {"gradient": self.gradient, "momentum": self.momentum}[name].astype(np.float64)
-        norm = math.sqrt(float(values @ values))
-        return np.log10(values[values > 0] / norm) if norm > 0 and math.isfinite(norm) else values[:0]
+        if not np.isfinite(values).all() or not values[0]:
+            return values[:0]
+        relative = values / values[0]
+        logarithms: np.ndarray = np.log10(relative[relative > 0] / np.linalg.norm(relative))
+        return logarithms

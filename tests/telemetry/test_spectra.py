@@ -43,14 +43,17 @@ def test_values_vectors_and_polar_factor_are_numpy_s(shape: tuple[int, int]) -> 
     assert float(subspace_error(right, torch.tensor(Vh[:5].T))) < 1e-6
 
 
-def test_a_matrix_of_low_rank_has_zeros_and_no_directions_for_them() -> None:
+def test_a_matrix_of_low_rank_has_zeros_and_directions_for_the_others_only() -> None:
     found = Decomposition(matrix(20, 30, torch.tensor([3.0, 2.0, 1.0] + [0.0] * 17, dtype=torch.float64)))
     assert found.values[3:].eq(0).all()
     polar = found.polar()
     assert float((polar @ polar.mT).trace()) == pytest.approx(3)
-    leading = found.leading(5)
-    assert leading is not None
-    assert all(side[:, 3:].eq(0).all() and side.isfinite().all() for side in leading)
+    within, beyond = found.leading(3), found.leading(4)
+    assert within is not None
+    assert beyond is not None
+    assert all(side.isfinite().all() for side in within)
+    assert all(side.isnan().all() for side in beyond)
+    assert subspace_error(within[0], torch.full_like(within[0], math.nan)).isnan()
     nothing = Decomposition(torch.zeros(4, 6))
     assert nothing.values.eq(0).all()
     assert nothing.polar().eq(0).all()
@@ -70,7 +73,9 @@ def test_orthogonality_error_is_that_of_the_shorter_side(shape: tuple[int, int])
     values = torch.tensor([1.2, 1.1, 1.0, 0.9, 0.8, 0.5], dtype=torch.float64)
     O = matrix(*shape, values)
     expected = float((values.square() - 1).norm()) / math.sqrt(6)
-    assert orthogonality_error(torch.stack([O, 0 * O])).tolist() == pytest.approx([expected, 1.0], rel=1e-6)
+    assert orthogonality_error(torch.stack([O, 0 * O])).tolist() == pytest.approx(
+        [expected, math.nan], rel=1e-6, nan_ok=True
+    )
 
 
 def test_numbers_follow_from_the_singular_values() -> None:
@@ -92,13 +97,24 @@ def test_numbers_follow_from_the_singular_values() -> None:
     assert not found.keys() & {"alignment_gradient", "orthogonality_error"}
 
 
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e30, 1e37])
+def test_numbers_do_not_depend_on_the_scale(scale: float) -> None:
+    values = np.array([8.0, 4.0, 2.0, 0.02], dtype=np.float32)
+    one, scaled = (Spectra(v, v, Measured(), rank=2) for v in (values, values * np.float32(scale)))
+    for key, value in one.numbers().items():
+        is_length = key.startswith(("sigma", "spectral_gap"))
+        assert scaled.numbers()[key] == pytest.approx(value * (scale if is_length else 1), rel=1e-4), key
+    np.testing.assert_allclose(scaled.relative("gradient"), one.relative("gradient"), rtol=1e-4)
+
+
 def test_what_is_not_known_is_left_out() -> None:
     values, nothing = np.array([2.0, 1.0], dtype=np.float32), np.full(2, np.nan, dtype=np.float32)
     no_momentum = Spectra(values, nothing, Measured(), rank=1).numbers()
     assert {name.partition("_")[0] for name in no_momentum} == {"sigma", "stable", "unlifted", "spectral"}
     assert all("momentum" not in name for name in no_momentum)
-    averages_polar = Spectra(values, values, Measured(alignment_polar_average=0.1), rank=1).numbers()
-    assert not any(name.startswith("filter_ratio") for name in averages_polar)
+    other_units = Spectra(values, values, Measured(), rank=1, averages_gradients=False).numbers()
+    assert not any(name.startswith("filter_ratio") for name in other_units)
+    assert "sigma_momentum_q50" in other_units
     small = Spectra(values, values, Measured(), rank=2).numbers()
     assert not any(name.startswith("spectral_gap") for name in small)
     assert Spectra(nothing, nothing, Measured(), rank=1).numbers() == {}

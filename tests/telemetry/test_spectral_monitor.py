@@ -18,7 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_namo import NAMO, AdaMuon, Muon, SpectralMonitor, build_optimizer, optimize_with
+from lightning_namo import (
+    NAMO,
+    AdaMuon,
+    Muon,
+    OrthogonalizedOptimizer,
+    SpectralMonitor,
+    build_optimizer,
+    optimize_with,
+)
+from lightning_namo.optim import Polar
 from lightning_namo.telemetry.spectral_probe import SpectralProbe
 from lightning_namo.testing.layouts import Experts
 from tests.helpers.launch import run_ranks
@@ -211,7 +220,7 @@ def test_what_it_took_is_said_at_the_end(tmp_path: Path, caplog: pytest.LogCaptu
     with caplog.at_level("INFO"):
         fit(KnownSpectra(), CSVLogger(tmp_path), SpectralMonitor(every_n_steps=10))
     (line,) = [message for message in caplog.messages if message.startswith("SpectralMonitor")]
-    assert line.startswith("SpectralMonitor: the spectra of 6 matrices took 0.")
+    assert line.startswith("SpectralMonitor: 6 readings of a matrix took 0.")
     share = float(line.partition("s, ")[2].partition("%")[0])
     assert 0 < share < 100
 
@@ -221,18 +230,20 @@ def test_wrong_arguments_are_refused() -> None:
         SpectralMonitor(every_n_steps=0)
     with pytest.raises(ValueError, match=r"expected rank to be a whole number >= 1 but got 1\.5"):
         SpectralMonitor(rank=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"expected parameters to be globs, or None but got \[\]"):
+        SpectralMonitor(parameters=[])
 
 
 def test_a_glob_that_matches_nothing_is_refused_before_the_first_step(tmp_path: Path) -> None:
     module = KnownSpectra()
-    with pytest.raises(ValueError, match=r"Expected 'stepp\.\*' in parameters to match a matrix.* Nearest: steep"):
+    with pytest.raises(ValueError, match=r"Expected 'stepp\.\*' in SpectralMonitor's parameters.* Nearest: steep"):
         fit(module, CSVLogger(tmp_path), SpectralMonitor(parameters=["flat.*", "stepp.*"]))
     assert module.gradients["flat"] == []
 
 
 def test_an_optimizer_without_matrices_is_warned_of(tmp_path: Path) -> None:
     module = KnownSpectra(torch.optim.AdamW)
-    with pytest.warns(UserWarning, match="SpectralMonitor has nothing to measure"):
+    with pytest.warns(UserWarning, match="SpectralMonitor has nothing to do: no optimizer"):
         found, _ = scalars(tmp_path, module, SpectralMonitor(every_n_steps=10))
     assert not any(tag.startswith("sigma") for tag in found)
 
@@ -249,34 +260,220 @@ def test_an_optimizer_is_left_alone_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fit(module, CSVLogger(tmp_path), SpectralMonitor(every_n_steps=11))
     (optimizer,) = module.trainer.optimizers
-    assert optimizer._watch is None
-    assert not optimizer._optimizer_step_post_hooks
+    assert optimizer._watchers == []
 
 
 class ByHand(KnownSpectra):
-    """Two optimizers, of which the second steps after every other batch."""
+    """Two optimizers, of which the second steps after every third batch."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
 
-    def configure_optimizers(self) -> Any:  # type: ignore[override]
-        return [build_optimizer(getattr(self, name), NAMO, lr=1e-3, heads="matrix") for name in ("flat", "steep")]
+    def configure_optimizers(self) -> Any:
+        keys = {"lr": 1e-3, "heads": "matrix", "first_layers": "matrix", "orthogonalizer": "svd"}
+        return [build_optimizer(getattr(self, name), NAMO, **keys) for name in ("flat", "steep")]
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:  # type: ignore[override]
         self.manual_backward(super().training_step(batch, batch_idx))
         first, second = self.optimizers()  # type: ignore[misc]
-        for optimizer in [first, second] if batch_idx % 2 else [first]:
+        for optimizer in [first, second] if batch_idx % 3 == 2 else [first]:
             optimizer.step()
             optimizer.zero_grad()
 
 
-def test_two_optimizers_by_hand_are_told_apart(tmp_path: Path) -> None:
+def by_hand() -> ByHand:
     module = ByHand()
     del module.configure_optimizers
-    found, _ = scalars(tmp_path, module, SpectralMonitor(every_n_steps=10))
+    return module
+
+
+@pytest.mark.parametrize("every", [1, 2, 10])
+def test_each_of_two_optimizers_is_read_in_its_first_step_that_is_due(tmp_path: Path, every: int) -> None:
+    found, _ = scalars(tmp_path, by_hand(), SpectralMonitor(every_n_steps=every))
+    steps = {number: set(found[f"sigma_gradient_q100/optimizer_{number}/weight"]) for number in (0, 1)}
+    batches = 19  # 25 steps of both
+    assert steps[0] == {step for step in range(batches) if (step + 1) % every == 0}
+    assert steps[1] == ({11} if every == 10 else set(range(2, batches, 3)))
     assert found["sigma_gradient_q100/optimizer_0/weight"][9] == pytest.approx(2.0, rel=1e-5)
     assert "sigma_gradient_q50/optimizer_1/median" in found
+
+
+class Named(ByHand):
+    def configure_optimizers(self) -> Any:
+        return [NAMO([(name, getattr(self, name).weight)], lr=1e-3) for name in ("flat", "steep")]
+
+
+def test_one_of_two_optimizers_may_be_read_alone(tmp_path: Path) -> None:
+    module = Named()
+    del module.configure_optimizers
+    found, _ = scalars(tmp_path, module, SpectralMonitor(every_n_steps=10, parameters="flat"))
+    names = {tag.partition("/")[2] for tag in found if "/optimizer" in tag}
+    assert names == {f"optimizer_0/{of}" for of in ("flat", "median", "min", "max")}
+
+
+def test_a_step_inside_of_autocast_is_computed_and_measured_in_its_own_dtype(tmp_path: Path) -> None:
+    found, _ = scalars(tmp_path, by_hand(), SpectralMonitor(every_n_steps=10), precision="bf16-mixed")
+    assert found["orthogonality_error/optimizer_0/weight"][9] < 1e-5
+
+
+def test_two_monitors_read_side_by_side(tmp_path: Path) -> None:
+    monitors = SpectralMonitor(every_n_steps=5, parameters="flat.*"), SpectralMonitor(every_n_steps=10, parameters="s*")
+    found, _ = scalars(tmp_path, KnownSpectra(), *monitors)
+    for tag in ("sigma_gradient_q50", "orthogonality_error", "alignment_momentum"):
+        assert set(found[f"{tag}/flat.weight"]) == {4, 9, 14, 19} | ({24} - {24 if tag.startswith("align") else 0})
+        assert set(found[f"{tag}/steep.weight"]) == {9, 19}
+
+
+def test_clipped_values_are_what_alignment_is_with(tmp_path: Path) -> None:
+    module = KnownSpectra()
+    clip = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": "value"}
+    found, _ = scalars(tmp_path, module, SpectralMonitor(every_n_steps=10), **clip)
+    gradients = [gradient.clip(-0.05, 0.05) for gradient in module.gradients["steep"]]
+    U, _, Vh = np.linalg.svd(gradients[9], full_matrices=False)
+    expected = (U @ Vh * gradients[10]).sum() / np.linalg.svd(gradients[10], compute_uv=False).sum()
+    assert found["alignment_gradient/steep.weight"][9] == pytest.approx(expected, abs=1e-5)
+
+
+class Unfrozen(KnownSpectra):
+    """A layer that is not trained at first, and whose parameter then comes to the optimizer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steep.requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
+        if batch_idx == 12:
+            self.steep.requires_grad_(True)
+            optimizer: Any = self.optimizers()
+            optimizer.optimizer.add_param_group({"params": [("steep.weight", self.steep.weight)]})
+
+
+def test_a_layer_that_is_unfrozen_is_read_from_then_on(tmp_path: Path) -> None:
+    found, _ = scalars(tmp_path, Unfrozen(), SpectralMonitor(every_n_steps=10, parameters=["flat.*", "steep.*"]))
+    assert set(found["sigma_gradient_q50/flat.weight"]) == {9, 19}
+    assert set(found["sigma_gradient_q50/steep.weight"]) == {19}
+
+
+def test_without_a_logger_nothing_is_measured(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.warns(UserWarning, match="nothing to do: the Trainer has no logger"):
+        fit(KnownSpectra(), False, SpectralMonitor(every_n_steps=10))
+    assert not [message for message in caplog.messages if message.startswith("SpectralMonitor")]
+
+
+def test_a_fit_that_is_too_short_is_said_to_be(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        fit(KnownSpectra(), CSVLogger(tmp_path), SpectralMonitor())
+    assert "SpectralMonitor: no step was read, since 25 were taken and every 100 is." in caplog.messages
+
+
+def test_a_resumed_fit_counts_on(tmp_path: Path) -> None:
+    trainer = fit(KnownSpectra(), False, steps=7)
+    trainer.save_checkpoint(tmp_path / "seven.ckpt")
+    resumed = pl.Trainer(
+        accelerator="cpu",
+        logger=TensorBoardLogger(tmp_path, name="", version=""),
+        callbacks=[SpectralMonitor(every_n_steps=5)],
+        max_steps=16,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data = DataLoader(torch.zeros(STEPS, 1), 1)
+    resumed.fit(KnownSpectra(), data, ckpt_path=tmp_path / "seven.ckpt", weights_only=True)
+    assert set(curves(tmp_path)[0]["sigma_gradient_q50/flat.weight"]) == {9, 14}
+
+
+def other_arguments(rank: int, folder: str) -> str:
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    with pytest.raises(ValueError, match="to have the same arguments on all ranks") as error:
+        fit(KnownSpectra(), CSVLogger(folder), SpectralMonitor(rank=3 + rank), strategy=strategy, devices=2)
+    return str(error.value)
+
+
+def test_ranks_with_other_arguments_are_refused(tmp_path: Path) -> None:
+    first, second = run_ranks(other_arguments, 2, str(tmp_path))
+    assert first == second
+
+
+def read_once(*parameters: Any, rank: int = 1, **keys: Any) -> dict[str, Any]:
+    """What a probe reads of the first step of parameters whose gradients are there."""
+    optimizer = NAMO(parameters, lr=1e-3, **keys)
+    probe = SpectralProbe(optimizer, None, rank)
+    probe.watch()
+    optimizer.step()
+    optimizer.step()
+    taken = probe.take()
+    assert taken is not None
+    return {name: spectra.numbers() for name, spectra in taken[1].items()}
+
+
+def parameter(*shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> nn.Parameter:
+    found = nn.Parameter(torch.zeros(*shape, dtype=dtype))
+    found.grad = torch.randn(*shape, dtype=dtype) * scale
+    return found
+
+
+def test_empty_parameters_and_those_of_one_name_are_told_apart() -> None:
+    groups = [{"params": [("w", parameter(3, 4)), ("none", parameter(0, 4))]}, {"params": [("w", parameter(5, 6))]}]
+    found = read_once(*groups)
+    assert set(found) == {"w", "w_2"}
+    assert found["w"]["sigma_gradient_q100"] != found["w_2"]["sigma_gradient_q100"]
+
+
+def test_float64_is_read_in_float64() -> None:
+    tiny = parameter(4, 6, dtype=torch.float64, scale=1e-60)
+    found = read_once(("tiny", tiny), orthogonalizer="svd")["tiny"]
+    assert tiny.grad is not None
+    assert found["sigma_gradient_q100"] == pytest.approx(float(torch.linalg.matrix_norm(tiny.grad, 2)), rel=1e-6)
+    assert found["orthogonality_error"] < 1e-6
+
+
+class SignMomentum(OrthogonalizedOptimizer):
+    """Orthogonalizes the average of the gradients' signs."""
+
+    def __init__(self, params: Any, lr: float = 1e-3) -> None:
+        super().__init__(params, {"lr": lr, "momentum": 0.9, "nesterov": False, "weight_decay": 0.0})
+
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h, toward=x.grad.sign()))
+        x.apply(O, h.lr)
+
+
+def test_a_momentum_of_something_else_has_an_alignment_but_no_filter_ratio(tmp_path: Path) -> None:
+    found, _ = scalars(tmp_path, KnownSpectra(SignMomentum), SpectralMonitor(every_n_steps=10))
+    assert -1 <= found["alignment_momentum/flat.weight"][9] <= 1
+    assert not any(tag.startswith(("filter_ratio", "alignment_polar")) for tag in found)
+
+
+def test_what_turned_from_nothing_has_not_stayed() -> None:
+    weight = nn.Parameter(torch.zeros(6, 8))
+    optimizer = NAMO([("weight", weight)], lr=1e-3)
+    probe, changes = SpectralProbe(optimizer, None, rank=2), []
+    for step in range(6):
+        weight.grad = torch.zeros(6, 8) if step < 2 else matrix(6, 8, torch.linspace(3, 1, 6).double())
+        probe.watch(step)
+        optimizer.step()
+        if (taken := probe.take()) is not None:
+            changes.append(taken[1]["weight"].numbers().get("subspace_change_left"))
+    assert changes[:3] == [None] * 3  # of steps 0, 1 and 2: the momentum before was zero
+    assert changes[3:] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_eigenvalues_that_are_not_found_cost_a_reading_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK is made to fail, as it does on no matrix that we know of."""
+    real, calls = torch.linalg.eigh, []
+
+    def failing(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.linalg.LinAlgError("it did not converge")  # type: ignore[attr-defined]
+        return real(*args)
+
+    monkeypatch.setattr("torch.linalg.eigh", failing)
+    with pytest.warns(UserWarning, match="The spectra of [ab] are not known in this reading: it did not converge"):
+        found = read_once(("a", parameter(3, 4)), ("b", parameter(5, 4)))
+    assert sorted("sigma_gradient_q50" in numbers for numbers in found.values()) == [False, True]
 
 
 def test_a_probe_whose_parameters_have_changed_reads_nothing() -> None:
@@ -284,15 +481,17 @@ def test_a_probe_whose_parameters_have_changed_reads_nothing() -> None:
     optimizer = NAMO([("weight", weight)], lr=1e-3)
     probe = SpectralProbe(optimizer, None, rank=1)
     weight.grad = torch.randn(3, 4)
-    probe.watch()
+    probe.watch(1)
     optimizer.step()
-    assert probe.has_step
     optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(3, 3)))]})
-    assert probe.read() == {}
-    assert not probe.has_step
-    probe.watch()
+    probe.watch(2)
     optimizer.step()
-    assert set(probe.read()) == {"weight"}
+    assert probe.take() is None
+    optimizer.step()
+    taken = probe.take()
+    assert taken is not None
+    assert (taken[0], set(taken[1])) == (2, {"weight", "more"})
+    assert "sigma_momentum_q50" not in taken[1]["more"].numbers()
 
 
 def test_blocks_of_experts_are_named_one_expert_after_the_other_as_readings_are() -> None:
@@ -305,6 +504,9 @@ def test_blocks_of_experts_are_named_one_expert_after_the_other_as_readings_are(
     optimizer.step()
     expected = torch.linalg.matrix_norm(gradient.view(3, 2, 4, 5), 2).flatten().tolist()
     optimizer.zero_grad(set_to_none=False)  # in place
-    found = {name: spectra.numbers()["sigma_gradient_q100"] for name, spectra in probe.read().items()}
+    probe.finish()
+    taken = probe.take()
+    assert taken is not None
+    found = {name: spectra.numbers()["sigma_gradient_q100"] for name, spectra in taken[1].items()}
     assert found == pytest.approx({f"weight[{i}]": value for i, value in enumerate(expected)})
     assert optimizer.readings()["step_scale"]["weight"].shape == (6,)
