@@ -23,9 +23,10 @@ FOLDERS = (
     "testing",
     "gpt2",
     "planning",
+    "report",
     "cli",
 )
-SHARED = {"_moved", "atomic_io", "arguments", "workspace"}
+SHARED = {"_moved", "atomic_io", "arguments", "progress", "workspace"}
 LIGHT = FOLDERS[:6]  # know torch only
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

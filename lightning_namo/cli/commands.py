@@ -14,6 +14,7 @@ from lightning_namo.gpt2.data.streaming import chunks
 from lightning_namo.gpt2.export import export
 from lightning_namo.gpt2.generate import generate
 from lightning_namo.planning.report import plan
+from lightning_namo.report.page import report
 
 PROGRAM = "lightning-namo"
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -26,11 +27,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "generate": generate,
     "routes": routes,
     "sweep": sweep,
+    "report": report,
 }
 """Commands beside Lightning's. Their parameters are options; what they return is printed."""
 
 LEADING = {**dict.fromkeys(("export", "consolidate", "generate"), "ckpt_path"), "sweep": "file", "routes": "model"}
 """The option that a value without a name, right after the command, belongs to."""
+
+LEADING_LISTS = {"report": "runs"}
+"""The same of commands that take several values there."""
 
 OF_RECIPES = ("plan", "routes")
 """Commands that take configs of `fit`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_namo.cli.commands import COMMANDS, LEADING, OF_RECIPES, PROGRAM
+from lightning_namo.cli.commands import COMMANDS, LEADING, LEADING_LISTS, OF_RECIPES, PROGRAM
 from lightning_namo.cli.lightning_cli import NamoCLI
 from lightning_namo.sharding.process_group import initialized, leave
 
@@ -55,6 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
             if name in LEADING and options and not options[0].startswith("-"):
                 is_recipe = name in OF_RECIPES and options[0].endswith((".yaml", ".yml"))
                 options = ["--config" if is_recipe else f"--{LEADING[name]}", *options]
+            if values := list(itertools.takewhile(lambda option: name in LEADING_LISTS and option[:1] != "-", options)):
+                options = [f"--{LEADING_LISTS[name]}", json.dumps(values), *options[len(values) :]]
             result = auto_cli(
                 COMMANDS[name],
                 args=options,

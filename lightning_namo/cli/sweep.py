@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from tqdm import tqdm
 
 from lightning_namo.atomic_io import replacing, write_json
+from lightning_namo.report.events import read_folder
 
 RESULT, TABLE = "result.json", "results.csv"
 
@@ -68,8 +69,14 @@ def sweep(
         raise ValueError(f"Expected a job from 0 to {len(runs) - 1}. Got {job}: {file} has {len(runs)} runs.")
     if print_jobs:
         return "\n".join(shlex.join(["lightning-namo", *run.command(str(out_dir))]) for run in runs)
+    began, before = time.monotonic(), _done(runs, out_dir)
     for number, run in enumerate(runs):
         if not only_table and job in (None, number) and not (out_dir / run.name / RESULT).is_file():
+            if sys.stderr.isatty():
+                # A line for each run, and none that is drawn anew: the run has bars of its own, and the same terminal.
+                done, seconds = _done(runs, out_dir), time.monotonic() - began
+                bar = tqdm.format_meter(done, len(runs), seconds, ncols=79, prefix="Sweep", unit="run", initial=before)
+                print(bar, file=sys.stderr)
             _do(run, out_dir, description["metric"], f"{number + 1} of {len(runs)}")
     return _table(runs, out_dir, description["metric"])
 
@@ -102,6 +109,11 @@ def _runs(description: dict[str, Any]) -> Iterator[Run]:
             yield Run("_".join(parts), (*description["base"], *layer), values)
 
 
+def _done(runs: list[Run], out_dir: Path) -> int:
+    """How many runs are done, whichever process did them."""
+    return sum((out_dir / run.name / RESULT).is_file() for run in runs)
+
+
 def _do(run: Run, out_dir: Path, metric: str, which: str) -> None:
     print(f"sweep: run {which}, {run.name}", file=sys.stderr, flush=True)
     began = time.monotonic()
@@ -119,12 +131,11 @@ def _do(run: Run, out_dir: Path, metric: str, which: str) -> None:
 
 def _measured(folder: Path, metric: str) -> dict[str, Any]:
     """The metric from the TensorBoard files of a run, which may have stopped and gone on."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    if metric not in events.Tags()["scalars"]:
-        raise ValueError(f"Expected {metric} among the curves in {folder}. Got {events.Tags()['scalars']}.")
-    scalars = sorted(events.Scalars(metric), key=lambda scalar: scalar.step)
-    values = [scalar.value for scalar in scalars]
-    return {"steps": scalars[-1].step, metric: values[-1], f"lowest {metric}": min(values)}
+    curves, _ = read_folder(folder)
+    if metric not in curves:
+        raise ValueError(f"Expected {metric} among the curves in {folder}. Got {list(curves)}.")
+    values = curves[metric].values.tolist()
+    return {"steps": int(curves[metric].steps[-1]), metric: values[-1], f"lowest {metric}": min(values)}
 
 
 def _table(runs: list[Run], out_dir: Path, metric: str) -> dict[str, Any]:
