@@ -5,7 +5,6 @@ Nothing here asks which parallel strategy runs: a parameter's `Layout` says wher
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -145,7 +144,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         adamw = AdamWStep(self.param_groups, self.state, refused=refusal is not None)
         skipped = adamw.not_finite_flags()
         readings: list[Reading] = []
-        with exchange.workspace.frame(), _own_dtypes(exchange.device):
+        with exchange.workspace.frame():
             for watcher in self._watchers:
                 watcher.step_begins()
             for runs in self._start(refused=refusal is not None):
@@ -618,12 +617,6 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
                 self._directions([run])
             step = of_parameter[run.stack.parameters[0].tensor]["step"]
             step.copy_(step.bool() | (run.norm_sq > 0).any())
-
-
-def _own_dtypes(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Products are taken in the dtypes of their factors, also where a step is taken inside of autocast."""
-    is_on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if is_on else contextlib.nullcontext()
 
 
 def _present(grads: Sequence[Tensor | None]) -> Iterator[tuple[int, int]]:

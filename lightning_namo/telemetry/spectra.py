@@ -90,12 +90,11 @@ def _wide(matrix: Tensor) -> Tensor:
 
 
 def orthogonality_error(factor: Tensor) -> Tensor:
-    """``||O O^T - I||_F / sqrt(r)`` of matrices (..., m, n), or of O^T O where they are tall; (...), NaN of zeros."""
-    wide = (factor if factor.shape[-2] <= factor.shape[-1] else factor.mT).float()
+    """``||O O^T - I||_F / sqrt(r)`` of a matrix, or of O^T O where it is tall, (); NaN of zeros."""
+    wide = _wide(factor)
     gram = wide @ wide.mT
-    gram.diagonal(dim1=-2, dim2=-1).sub_(1)
-    distance: Tensor = torch.linalg.matrix_norm(gram)
-    return torch.where(factor.any(dim=-1).any(dim=-1), distance / math.sqrt(gram.shape[-1]), math.nan)
+    gram.diagonal().sub_(1)
+    return torch.where(wide.any(), torch.linalg.matrix_norm(gram) / math.sqrt(len(wide)), math.nan)
 
 
 @dataclass(frozen=True)

@@ -100,9 +100,10 @@ class SpectralProbe:
     def sees(self, run: StackRun, factors: Sequence[Tensor]) -> None:
         """The errors of polar factors of a stack that this rank owns."""
         if self._due is not None:
-            for names, factor in zip(self._names_of(run.stack), factors, strict=True):
-                errors = orthogonality_error(factor).masked_fill(run._invalid, math.nan)
-                self._errors |= {name: error for name, error in zip(names, errors, strict=True) if name is not None}
+            for names, of_block in zip(self._names_of(run.stack), factors, strict=True):
+                for name, factor, invalid in zip(names, of_block, run._invalid, strict=True):
+                    if name is not None:
+                        self._errors[name] = orthogonality_error(factor).masked_fill(invalid, math.nan)
 
     def step_ends(self) -> None:
         """Keep the gradients as the step saw them."""

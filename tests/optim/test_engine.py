@@ -11,8 +11,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
-from lightning_namo.optim.namo import NAMO
-from lightning_namo.polar.iteration_dtype import ITERATION_DTYPE
 from tests.helpers.optimizers import (
     OPTIMIZERS,
     all_optimizers,
@@ -307,17 +305,3 @@ def test_a_sparse_gradient_is_refused_before_anything_moves(cls, orthogonalize):
     with refused(r"dense gradient.*sparse=False"):
         optimizer.step()
     assert_same((optimizer.state_dict()["state"], parameters(optimizer)), before)
-
-
-def test_a_step_inside_of_autocast_is_that_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Manual optimization takes it there; the products of a float32 iteration are not to become bfloat16's."""
-    monkeypatch.setenv(ITERATION_DTYPE, "float32")
-    weights = []
-    for enabled in (False, True):
-        weight = nn.Parameter(randn(16, 24))
-        weight.grad = randn(16, 24, seed=1)
-        optimizer = NAMO([weight], lr=0.1)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            optimizer.step()
-        weights.append(weight.detach())
-    assert torch.equal(*weights)
