@@ -64,5 +64,5 @@ def duration(seconds: float) -> str:
     """A time in the units that suit it."""
     if seconds < 60:
         return f"{seconds:.1f} s"
-    minutes, hours = round(seconds / 60), int(seconds // 3600)
-    return f"{int(seconds // 60)} min {seconds % 60:.0f} s" if hours == 0 else f"{hours} h {minutes - 60 * hours} min"
+    minutes, left = divmod(round(seconds), 60)
+    return f"{minutes} min {left} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

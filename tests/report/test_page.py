@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from lightning_namo.report.page import report
+from lightning_namo.report.table import duration
 from tests.report.logged import optimizer, write
 
 SECTIONS = ["Advice", "Runs", "Loss", "Learning rates", "Layers", "Spectra", "Clamps and skipped steps", "Files"]
@@ -170,3 +171,11 @@ def test_fifty_runs_fit_in_five_megabytes(tmp_path: Path) -> None:
     figures = json.loads(re.search(r'id="figures">(.*)</script>', page)[1])
     assert len(figures[0]["data"]) == 2 * RUNS
     assert section(summary, "Runs").count("\n| ") == RUNS + 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59.94, "59.9 s"), (119.6, "2 min 0 s"), (3599.7, "1 h 0 min"), (7385, "2 h 3 min"), (90061, "25 h 1 min")],
+)
+def test_a_time_has_no_sixty_seconds(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
