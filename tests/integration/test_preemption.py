@@ -30,8 +30,8 @@ class Interrupted(pl.Callback):
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """Lightning leaves Ctrl-C ignored."""
-    before = signal.getsignal(signal.SIGINT)
+    """Ctrl-C interrupts, which Lightning leaves ignored after one, and shells for what runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
@@ -58,10 +58,19 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_a_fit_leaves_ctrl_c_as_it_was(tmp_path: Path) -> None:
-    before = signal.getsignal(signal.SIGINT)
-    fit(Net(), OptimizerCallback(), SaveOnSigterm(), max_steps=2, default_root_dir=tmp_path)
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_fit_leaves_ctrl_c_as_it_was(tmp_path: Path, before: Any) -> None:
+    signal.signal(signal.SIGINT, before)
+    during: list[Any] = []
+
+    class Looks(pl.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            during.append(signal.getsignal(signal.SIGINT))
+
+    fit(Net(), OptimizerCallback(), SaveOnSigterm(), Looks(), max_steps=2, default_root_dir=tmp_path)
     assert signal.getsignal(signal.SIGINT) is before
+    assert len(during) == 2
+    assert all((each is before) == (before is signal.SIG_IGN) for each in during)
 
 
 @pytest.mark.parametrize(
