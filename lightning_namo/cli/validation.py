@@ -112,8 +112,9 @@ def _check_optimizer_name(name: str | None) -> None:
     )
 
 
-def _subclasses(cls: type) -> Iterator[type]:
-    for subclass in cls.__subclasses__():
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    subclasses: list[type[Any]] = cls.__subclasses__()
+    for subclass in subclasses:
         if not subclass.__name__.startswith("_"):
             yield subclass
         yield from _subclasses(subclass)

@@ -14,10 +14,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 import lightning_namo
 from lightning_namo import OptimizerCallback, WarmupStableDecay, split_parameters
 from lightning_namo.cli import main
+from lightning_namo.cli.lightning_cli import _follow_root
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 from tests.helpers.command_line import OWN, QUICKSTART, SMALL, Toy
@@ -278,3 +280,30 @@ def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pyte
         except SystemExit as stop:  # of --print_config and help
             code = stop.code
         assert code == 0, command
+
+
+@pytest.mark.parametrize(
+    ("root", "folder", "expected"),
+    [
+        ("elsewhere", "runs", "{here}/elsewhere/runs"),
+        ("s3://bucket/x", "runs", "s3://bucket/x/runs"),
+        ("elsewhere", "/logs", "/logs"),
+        ("elsewhere", "s3://bucket/runs", "s3://bucket/runs"),
+        (None, "runs", "runs"),
+    ],
+)
+def test_default_root_dir_moves_the_runs(
+    root: str | None, folder: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = Namespace(class_path="TensorBoardLogger", init_args=Namespace(save_dir=folder))
+    trainer = Namespace(default_root_dir=root, logger=[logger, True])
+    _follow_root(trainer)
+    assert logger.init_args.save_dir == expected.format(here=tmp_path)
+    _follow_root(trainer)  # a run's own config.yaml, used again
+    assert logger.init_args.save_dir == expected.format(here=tmp_path)
+
+
+def test_the_quickstart_runs_where_default_root_dir_says(fit: Fit, tmp_path: Path) -> None:
+    trainer, *_ = fit(QUICKSTART, "--trainer.default_root_dir=elsewhere")
+    assert trainer.logger.save_dir == str(tmp_path / "elsewhere" / "runs")
