@@ -16,6 +16,7 @@ import yaml
 from torch import nn
 
 from lightning_namo.cli import main
+from tests.helpers.launch import free_port
 from tests.helpers.optimizers import randn
 from tests.helpers.paths import ROOT
 from tests.helpers.rules import NorMuon
@@ -106,6 +107,24 @@ def test_other_frameworks_train_as_the_page_says(number: int, tmp_path: Path) ->
         assert (tmp_path / "out" / "checkpoint-8" / "optimizer.pt").exists()
     if number > 2:
         assert "matrices" in run.stdout + run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["fsdp2", "tensor_parallel"])
+def test_a_module_of_one_s_own_trains_under_a_strategy_as_the_page_says(page: str, tmp_path: Path) -> None:
+    (code,) = snippets(f"strategies/{page}.md")
+    (tmp_path / "train.py").write_text(code, encoding="utf-8")
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(free_port())}
+    run = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 matrices" in run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("command", snippets("routing.md", "bash")[0].splitlines())
