@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -138,3 +139,14 @@ def test_the_routing_page_s_commands_run(command: str, capsys: pytest.CaptureFix
 def test_the_routing_page_counts_the_tables() -> None:
     (count,) = re.findall(r"The tables of (\d+) models", (ROOT / "docs" / "routing.md").read_text("utf-8"))
     assert int(count) == len(list((ROOT / "tests" / "data" / "routes").iterdir()))
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8").partition("## Questions")[0]
+    sources = [path.read_text("utf-8") for path in (ROOT / "lightning_namo").rglob("*.py")]
+    strings = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    said = "\n".join(node.value for node in strings if isinstance(node.value, str))
+    messages = [text for line in re.findall(r"^- (`.*)", page, re.MULTILINE) for text in re.findall(r"`(.*?)`", line)]
+    parts = [part for message in messages for part in re.split(r",? ?\.\.\.,? ?", message) if part]
+    assert len(parts) > 30
+    assert [part for part in parts if part not in said] == []
