@@ -22,3 +22,5 @@ html_title = "lightning-namo"
 html_copy_source = False
 html_show_sourcelink = False
 html_show_copyright = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
