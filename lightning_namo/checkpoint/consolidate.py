@@ -65,6 +65,18 @@ def consolidate(ckpt_path: str, out: str, overwrite: bool = False) -> dict[str, 
     }
 
 
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that was written last in the folder of a run or below it; any other path as it is."""
+    if not path.is_dir() or (path / SHARDED[0]).is_file():
+        return path
+    written = {
+        found: (found / SHARDED[0] if found.is_dir() else found).stat().st_mtime_ns
+        for found in path.rglob("*.ckpt")
+        if found.is_file() or (found / SHARDED[0]).is_file()
+    }
+    return max(written, key=written.__getitem__, default=path)
+
+
 def read_checkpoint(path: Path, *, optimizers: bool = True) -> dict[str, Any]:
     """Read a checkpoint of Lightning of any strategy, in the form that it has on one device.
 
@@ -87,7 +99,10 @@ def read_checkpoint(path: Path, *, optimizers: bool = True) -> dict[str, Any]:
         raise ValueError(f"Expected a checkpoint. Got {path}, which does not exist.")
     missing = [name for name in SHARDED if not (path / name).is_file()] if path.is_dir() else []
     if missing:
-        raise ValueError(f"Expected a checkpoint: a file, or a folder with {missing[0]}. Got the folder {path}.")
+        raise ValueError(
+            f"Expected a checkpoint: a file, or a folder with {missing[0]} or with checkpoints (*.ckpt) below it. Got "
+            f"the folder {path}."
+        )
     try:
         checkpoint = _read_folder(path, optimizers) if path.is_dir() else _load(path, mmap=True)
     except (Exception, CheckpointException) as error:  # torch raises errors of all kinds at bytes that it did not write

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightning_namo.checkpoint.consolidate import consolidate
+from lightning_namo.cli.recipes import recipes
 from lightning_namo.cli.routes import routes
 from lightning_namo.cli.sweep import sweep
 from lightning_namo.gpt2.data.openwebtext import openwebtext
@@ -25,13 +26,19 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": export,
     "consolidate": consolidate,
     "generate": generate,
+    "recipes": recipes,
     "routes": routes,
     "sweep": sweep,
     "report": report,
 }
 """Commands beside Lightning's. Their parameters are options; what they return is printed."""
 
-LEADING = {**dict.fromkeys(("export", "consolidate", "generate"), "ckpt_path"), "sweep": "file", "routes": "model"}
+LEADING = {
+    **dict.fromkeys(("export", "consolidate", "generate"), "ckpt_path"),
+    "sweep": "file",
+    "routes": "model",
+    "recipes": "name",
+}
 """The option that a value without a name, right after the command, belongs to."""
 
 LEADING_LISTS = {"report": "runs"}

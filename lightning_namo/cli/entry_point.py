@@ -16,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_namo.cli.commands import COMMANDS, LEADING, LEADING_LISTS, OF_RECIPES, PROGRAM
 from lightning_namo.cli.lightning_cli import NamoCLI
+from lightning_namo.cli.recipes import by_name, recipe, with_files
 from lightning_namo.sharding.process_group import initialized, leave
 
 
@@ -49,13 +50,17 @@ def main(args: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("default", "lightning_namo", DeprecationWarning)  # of former paths in a config
     theirs, failed = initialized(), True
     try:
+        arguments = list(with_files(arguments))
         # the longest, as `prepare openwebtext` is one too
         name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default=None)
         if name is not None:
             options = arguments[len(name.split()) :]
             if name in LEADING and options and not options[0].startswith("-"):
-                is_recipe = name in OF_RECIPES and options[0].endswith((".yaml", ".yml"))
-                options = ["--config" if is_recipe else f"--{LEADING[name]}", *options]
+                is_recipe = name in OF_RECIPES and (options[0].endswith((".yaml", ".yml")) or options[0] in by_name())
+                options = [
+                    f"--config={recipe(options[0])}" if is_recipe else f"--{LEADING[name]}={options[0]}",
+                    *options[1:],
+                ]
             if values := list(itertools.takewhile(lambda option: name in LEADING_LISTS and option[:1] != "-", options)):
                 options = [f"--{LEADING_LISTS[name]}", json.dumps(values), *options[len(values) :]]
             result = auto_cli(

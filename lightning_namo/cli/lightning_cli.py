@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pydoc
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -126,6 +127,7 @@ class NamoCLI(LightningCLI):
         except (OverflowError, RecursionError, ValueError) as error:
             parser.error(str(error))
         _follow_data(sections.model, sections.data)
+        _follow_root(sections.trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the Trainer; a port that is taken ends the command before other processes are started."""
@@ -179,6 +181,17 @@ def _follow_data(model: Namespace, data: Namespace) -> None:
     config = GPT2Config(vocab_size=sizes.vocab_size, block_size=sizes.block_size)
     config = follow_data(config, text(**data.init_args.as_dict()))
     sizes.vocab_size, sizes.block_size = config.vocab_size, config.block_size
+
+
+def _follow_root(trainer: Namespace) -> None:
+    """Put the folders of loggers below ``default_root_dir``, if that is given; absolute ones stay."""
+    root = trainer.get("default_root_dir")
+    loggers = trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]
+    for logger in loggers if root is not None else ():
+        folder = logger.get("init_args.save_dir") if isinstance(logger, Namespace) else None
+        if folder is not None and "://" not in str(folder):
+            below = os.path.join(root, folder)
+            logger.init_args.save_dir = below if "://" in str(root) else os.path.abspath(below)
 
 
 def _names(section: Namespace, cls: type) -> bool:

@@ -19,6 +19,7 @@ import yaml  # type: ignore[import-untyped]
 from tqdm import tqdm
 
 from lightning_namo.atomic_io import replacing, write_json
+from lightning_namo.cli.recipes import recipe
 from lightning_namo.report.events import read_folder
 
 RESULT, TABLE = "result.json", "results.csv"
@@ -52,7 +53,7 @@ def sweep(
     the last and the lowest value go into ``out_dir/results.csv``.
 
     Args:
-        file: What to run, such as configs/sweeps/small.yaml.
+        file: What to run, as configs/sweeps/small.yaml, or by name: sweeps/small.
         print_jobs: Print the command of each run instead, a line each, for a scheduler's job array.
         job: Do this run only, counted from 0: the index of the job array.
         only_table: Run nothing; write the table of the runs that are done.
@@ -63,7 +64,7 @@ def sweep(
     Raises:
         ValueError: A file that is missing or says something else, or a job that is not in it.
     """
-    description = _read(Path(file))
+    description = _read(Path(recipe(file)))
     runs, out_dir = list(_runs(description)), Path(description["out_dir"])
     if job is not None and not 0 <= job < len(runs):
         raise ValueError(f"Expected a job from 0 to {len(runs) - 1}. Got {job}: {file} has {len(runs)} runs.")

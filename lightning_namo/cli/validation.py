@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import errno
 import inspect
 import math
@@ -23,6 +24,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
@@ -38,7 +40,7 @@ _SHARDED = ("meta.pt", ".metadata", "checkpoint")  # in the folder of a checkpoi
 
 
 def check_config(config: str) -> None:
-    """Refuse a config that is no text or no mapping, or that names a key twice.
+    """Refuse a config that is no text or no mapping, that names a key twice, or an optimizer that does not exist.
 
     YAML's other errors are left to the parser, which names the line.
 
@@ -80,6 +82,42 @@ def check_config(config: str) -> None:
                         f"line {node.start_mark.line + 1}."
                     )
         nodes += [child for pair in node.value for child in (pair if isinstance(pair, tuple) else (pair,))]
+    _check_optimizer_name(_scalar(root, "optim", "optimizer") or _scalar(root, "optim", "optimizer", "class_path"))
+
+
+def _scalar(node: Any, *keys: str) -> str | None:
+    """What stands at nested keys, if it is no mapping or list."""
+    for key in keys:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+        node = next((value for name, value in pairs if name.value == key), None)
+    return node.value if isinstance(node, yaml.ScalarNode) else None
+
+
+def _check_optimizer_name(name: str | None) -> None:
+    """Refuse a name of ours or of torch.optim, or a short one, that is no optimizer's."""
+    if not name or os.path.exists(name):
+        return
+    module, _, short = name.rpartition(".")
+    found = {cls.__name__: cls for cls in _subclasses(Optimizer)}
+    if module in ("lightning_namo", "torch.optim"):
+        found = {key: cls for key, cls in found.items() if cls.__module__.startswith(module)}
+    if short in found or module not in ("", "lightning_namo", "torch.optim"):
+        return
+    lowered = {key.lower(): key for key in found}
+    nearest = [lowered[key] for key in difflib.get_close_matches(short.lower(), lowered, n=3, cutoff=0.3)]
+    raise ValueError(
+        f"Expected --optim.optimizer to be an optimizer. Got {name!r}, which does not exist"
+        f"{'. Nearest: ' + ', '.join(nearest) if nearest else ''}. Those of your own are named by their module, as "
+        "my_package.MyOptimizer."
+    )
+
+
+def _subclasses(cls: type[Any]) -> Iterator[type[Any]]:
+    subclasses: list[type[Any]] = cls.__subclasses__()
+    for subclass in subclasses:
+        if not subclass.__name__.startswith("_"):
+            yield subclass
+        yield from _subclasses(subclass)
 
 
 def check_sections(sections: Namespace) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from lightning_namo.arguments import COUNT, check_ranges, or_none
 from lightning_namo.atomic_io import check_output, replacing
+from lightning_namo.checkpoint.consolidate import find_checkpoint
 from lightning_namo.gpt2.data.encoding import END_OF_TEXT
 from lightning_namo.gpt2.load import EMBEDDING, HEAD, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import GPT2
@@ -36,7 +37,8 @@ def export(
     `lightning-namo fit` left with the checkpoint.
 
     Args:
-        ckpt_path: Checkpoint of one device, DDP, FSDP or ModelParallelStrategy, one file or sharded (a folder).
+        ckpt_path: Checkpoint of one device, DDP, FSDP or ModelParallelStrategy, one file or sharded (a folder); or the
+            folder of a run, whose last checkpoint it is then.
         out_dir: Folder to write.
         data_dir: Folder with the run's tokenizer.json.
         vocab_size: Tokens in the vocabulary without its padding, for token files without a tokenizer.json; rows of
@@ -52,7 +54,7 @@ def export(
     """
     check_ranges(locals(), "export", {"vocab_size": or_none(COUNT)})
     transformers = _transformers()
-    source, target = Path(ckpt_path), Path(out_dir)
+    source, target = find_checkpoint(Path(ckpt_path)), Path(out_dir)
     check_output(target, overwrite)
     if target.exists() and not _is_export(target):
         raise ValueError(f"Expected to overwrite the folder of an earlier export. Got {target}, which is none.")

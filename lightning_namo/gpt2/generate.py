@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_namo.arguments import COUNT, COUNT_OR_ZERO, NOT_NEGATIVE, check_ranges, or_none
+from lightning_namo.checkpoint.consolidate import find_checkpoint
 from lightning_namo.gpt2.load import GPT2_TOKENS, Vocabulary, find_vocabulary, load_network
 from lightning_namo.gpt2.model import sample
 
@@ -35,7 +36,8 @@ def generate(
     """Continue a text with the network of a checkpoint of a GPT2Module, on the CPU.
 
     Args:
-        ckpt_path: Checkpoint of one device, DDP, FSDP or ModelParallelStrategy, one file or sharded (a folder).
+        ckpt_path: Checkpoint of one device, DDP, FSDP or ModelParallelStrategy, one file or sharded (a folder); or the
+            folder of a run, whose last checkpoint it is then.
         prompt: Text to continue; if it is empty, a new document.
         max_new_tokens: Tokens to add, at most: the end of the document is the end.
         temperature: Divides the logits; 0 takes the likeliest token.
@@ -54,7 +56,7 @@ def generate(
             run's.
     """
     check_ranges(locals(), "generate", SAMPLE_RANGES)
-    path = Path(ckpt_path)
+    path = find_checkpoint(Path(ckpt_path))
     network = load_network(path).float()
     vocabulary = find_vocabulary(path, network.config.vocab_size, data_dir, vocab_size)
     (encode, decode), end = _codec(vocabulary, path), vocabulary.end

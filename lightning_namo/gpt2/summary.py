@@ -21,6 +21,8 @@ from lightning_namo.gpt2.model import sample
 from lightning_namo.gpt2.module import GPT2Module
 from lightning_namo.telemetry.reading_log import reading_log
 
+_PROMPT = 6  # tokens
+
 
 class TokenThroughput(ThroughputMonitor):
     """Lightning's ThroughputMonitor for batches of tokens: an item is a token.
@@ -74,7 +76,8 @@ class RunSummary(Callback):
     go on counting in a resumed run.
 
     Args:
-        prompt: Text to continue.
+        prompt: Text to continue; None: of the embedded speeches "My fellow Americans", else the first words of the text
+            for validation.
         sample_tokens: Length of the continuation in tokens; 0 for no sample.
         temperature: Divides the logits; 0 takes the likeliest token.
         top_k: Draw from this many of the likeliest tokens only; None for all.
@@ -86,7 +89,7 @@ class RunSummary(Callback):
 
     def __init__(
         self,
-        prompt: str = "My fellow Americans",
+        prompt: str | None = None,
         sample_tokens: int = 60,
         temperature: float = 0.8,
         top_k: int | None = 50,
@@ -141,7 +144,13 @@ class RunSummary(Callback):
         assert trainer.model is not None
         tokenizer = data.tokenizer
         device = pl_module.device
-        idx = torch.tensor([tokenizer.encode(self.prompt).ids], device=device)
+        prompt = "My fellow Americans" if self.prompt is None and data.embedded else self.prompt
+        if prompt is None:
+            inputs, _ = next(iter(data.val_dataloader()))
+            ids = trainer.strategy.broadcast(inputs[0, :_PROMPT].tolist())  # ranks begin in other places
+        else:
+            ids = tokenizer.encode(prompt).ids
+        idx = torch.tensor([ids], device=device)
         training = pl_module.training
         pl_module.eval()
         with trainer.precision_plugin.forward_context():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -162,8 +163,10 @@ def build_model(model: Callable[[], nn.Module] | str, data: LightningDataModule 
         ValueError: An unknown name.
     """
     if isinstance(model, str) and model not in MODELS:
+        nearest = difflib.get_close_matches(model, MODELS, n=1)
         raise ValueError(
-            f"Expected model to be a LightningModule's class or one of {', '.join(MODELS)}. Got {model!r}."
+            f"Expected model to be a LightningModule's class, such as my_package.MyModule, or one of "
+            f"{', '.join(MODELS)}. Got {model!r}.{f' Nearest: {nearest[0]}.' if nearest else ''}"
         )
     with torch.device("meta"):
         if isinstance(model, str):

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import io
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +16,28 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 
 import lightning_namo
 from lightning_namo import OptimizerCallback, WarmupStableDecay, split_parameters
 from lightning_namo.cli import main
+from lightning_namo.cli.lightning_cli import _follow_root
 from lightning_namo.gpt2.data.module import TextDataModule
 from lightning_namo.gpt2.module import GPT2Module
 from tests.helpers.command_line import OWN, QUICKSTART, SMALL, Toy
-from tests.helpers.paths import CONFIGS
+from tests.helpers.paths import CONFIGS, ROOT
 
 pytestmark = pytest.mark.usefixtures("kept_parsers", "empty_folder")
 
 Fit = Callable[..., Any]
+
+PAGES = {  # with commands, and how many of these a test can run
+    "README.md": 3,
+    "docs/quickstart.md": 5,
+    "docs/command_line.md": 7,
+    "docs/optimizers.md": 2,
+    "docs/gpt2.md": 3,
+}
 
 
 @pytest.fixture
@@ -241,16 +253,27 @@ def test_numbers_reach_the_optimizer_and_the_data_as_plain_numbers(fit: Fit) -> 
     assert {type(number) for number in numbers} <= {int, float, bool}  # a checkpoint with others cannot be loaded
 
 
-def test_the_readme_s_python_runs_as_written() -> None:
-    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
-    assert len(blocks) >= 4
-    names: dict[str, Any] = {"__name__": "readme"}
-    printed = io.StringIO()
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def python_of(page: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the Python of a page defines; it prints what the page says."""
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # for pickles of its classes
+    names, printed = vars(module), io.StringIO()
+    blocks = re.findall(r"```python\n(.*?)```", text_of(page), flags=re.DOTALL)
     with contextlib.redirect_stdout(printed):
         for block in blocks:
             exec(block, names)
-    assert f"```text\n{printed.getvalue()}```" in readme
+    assert blocks
+    assert not printed.getvalue() or f"```text\n{printed.getvalue()}```" in text_of(page)
+    return names
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_the_python_of_the_first_pages_runs_as_written(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = python_of(page, monkeypatch)
     batch = (torch.zeros(4, dtype=torch.long), torch.zeros(4, dtype=torch.long))
     before = names["model"][0].weight.clone()
     names["model"](torch.ones(2, 8)).sum().backward()
@@ -258,19 +281,29 @@ def test_the_readme_s_python_runs_as_written() -> None:
     assert not torch.equal(before, names["model"][0].weight)
     module = names["LitModel"]()
     module.training_step(batch, 0).backward()
-    assert isinstance(module.configure_optimizers(), lightning_namo.NAMOD)
+    if page == "README.md":
+        assert isinstance(module.configure_optimizers(), lightning_namo.NAMOD)
+
+
+@pytest.mark.parametrize("page", ["docs/routing.md", "docs/clipping.md"])
+def test_the_python_of_a_page_runs_as_written(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    python_of(page, monkeypatch)
 
 
 @pytest.mark.slow
-def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    readme = (CONFIGS.parent / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize(("page", "count"), PAGES.items())
+def test_the_commands_of_a_page_parse(
+    page: str, count: int, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "my_text.txt").write_text("Some text of one's own. " * 2000)
     (tmp_path / "configs").symlink_to(CONFIGS)
-    commands = re.findall(r"^(?:.*&& )?lightning-namo (.*?)(?: +#.*)?$", readme, flags=re.MULTILINE)
-    # Not here: what needs the network, GPUs or a checkpoint; test_encoding, test_configs and test_export have those.
-    elsewhere = re.compile(r"prepare openwebtext|fit --config configs/gpt2_|\w+ CKPT")
+    commands = re.findall(r"^(?:.*&& )?lightning-namo (.*?)(?: +#.*)?$", text_of(page), flags=re.MULTILINE)
+    # Not here: what needs the network, GPUs, a checkpoint, runs or several processes; other tests have those.
+    elsewhere = re.compile(
+        r"prepare openwebtext|report runs|fit --config gpt2_|fit .*data/mine|fit .*strategy/|\w+ CKPT"
+    )
     runnable = [command for command in commands if not elsewhere.match(command)]
-    assert len(runnable) >= 9
+    assert len(runnable) == count
     for command in runnable:
         code: object = 0
         try:
@@ -278,3 +311,30 @@ def test_the_readme_s_commands_parse(fit: Fit, tmp_path: Path, monkeypatch: pyte
         except SystemExit as stop:  # of --print_config and help
             code = stop.code
         assert code == 0, command
+
+
+@pytest.mark.parametrize(
+    ("root", "folder", "expected"),
+    [
+        ("elsewhere", "runs", "{here}/elsewhere/runs"),
+        ("s3://bucket/x", "runs", "s3://bucket/x/runs"),
+        ("elsewhere", "/logs", "/logs"),
+        ("elsewhere", "s3://bucket/runs", "s3://bucket/runs"),
+        (None, "runs", "runs"),
+    ],
+)
+def test_default_root_dir_moves_the_runs(
+    root: str | None, folder: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    logger = Namespace(class_path="TensorBoardLogger", init_args=Namespace(save_dir=folder))
+    trainer = Namespace(default_root_dir=root, logger=[logger, True])
+    _follow_root(trainer)
+    assert logger.init_args.save_dir == expected.format(here=tmp_path)
+    _follow_root(trainer)  # a run's own config.yaml, used again
+    assert logger.init_args.save_dir == expected.format(here=tmp_path)
+
+
+def test_the_quickstart_runs_where_default_root_dir_says(fit: Fit, tmp_path: Path) -> None:
+    trainer, *_ = fit(QUICKSTART, "--trainer.default_root_dir=elsewhere")
+    assert trainer.logger.save_dir == str(tmp_path / "elsewhere" / "runs")

@@ -25,7 +25,16 @@ OURS = "--optim.optimizer=NAMOD"
         ([OURS, "--optim.optimizer.momentum=0.999"], "expected beta2 to be above momentum^2 = 0.998001"),
         ([OURS, "--optim.optimizer.rate=1"], "Option 'rate' is not accepted"),
         (["--optim.optimizer=NAMO", "--optim.optimizer.clamp=0.1"], "Option 'clamp' is not accepted"),
-        (["--optim.optimizer=NAMI"], 'Parser key "optim.optimizer"'),
+        (
+            ["--optim.optimizer=NAMI"],
+            "Expected --optim.optimizer to be an optimizer. Got 'NAMI', which does not exist. Nearest: NAMO, NAMOD",
+        ),
+        (["--optim.optimizer=adamw"], "Got 'adamw', which does not exist. Nearest: AdamW, "),
+        (
+            ['--config={"optim": {"optimizer": {"class_path": "lightning_namo.NAMI"}}}'],
+            "Got 'lightning_namo.NAMI', which does not exist. Nearest: NAMO, NAMOD",
+        ),
+        (["--optim.optimizer=my_package.Nothing"], 'Parser key "optim.optimizer"'),
         (["--optim.optimizer=torch.optim.AdamW", "--optim.optimizer.lr=-1"], "Invalid learning rate: -1"),
         (
             ["--optim.schedule.warmup=-1"],

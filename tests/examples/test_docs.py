@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -16,6 +17,7 @@ import yaml
 from torch import nn
 
 from lightning_namo.cli import main
+from tests.helpers.launch import free_port
 from tests.helpers.optimizers import randn
 from tests.helpers.paths import ROOT
 from tests.helpers.rules import NorMuon
@@ -108,6 +110,24 @@ def test_other_frameworks_train_as_the_page_says(number: int, tmp_path: Path) ->
         assert "matrices" in run.stdout + run.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["fsdp2", "tensor_parallel"])
+def test_a_module_of_one_s_own_trains_under_a_strategy_as_the_page_says(page: str, tmp_path: Path) -> None:
+    (code,) = snippets(f"strategies/{page}.md")
+    (tmp_path / "train.py").write_text(code, encoding="utf-8")
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": str(free_port())}
+    run = subprocess.run(
+        [sys.executable, "train.py"],
+        cwd=tmp_path,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "2 matrices" in run.stdout + run.stderr
+
+
 @pytest.mark.parametrize("command", snippets("routing.md", "bash")[0].splitlines())
 def test_the_routing_page_s_commands_run(command: str, capsys: pytest.CaptureFixture[str], kept_parsers: None) -> None:
     path = {"configs/gpt2_small.yaml": str(ROOT / "configs" / "gpt2_small.yaml")}
@@ -119,3 +139,14 @@ def test_the_routing_page_s_commands_run(command: str, capsys: pytest.CaptureFix
 def test_the_routing_page_counts_the_tables() -> None:
     (count,) = re.findall(r"The tables of (\d+) models", (ROOT / "docs" / "routing.md").read_text("utf-8"))
     assert int(count) == len(list((ROOT / "tests" / "data" / "routes").iterdir()))
+
+
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8").partition("## Questions")[0]
+    sources = [path.read_text("utf-8") for path in (ROOT / "lightning_namo").rglob("*.py")]
+    strings = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
+    said = "\n".join(node.value for node in strings if isinstance(node.value, str))
+    messages = [text for line in re.findall(r"^- (`.*)", page, re.MULTILINE) for text in re.findall(r"`(.*?)`", line)]
+    parts = [part for message in messages for part in re.split(r",? ?\.\.\.,? ?", message) if part]
+    assert len(parts) > 30
+    assert [part for part in parts if part not in said] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,22 @@ def test_generate_prints_the_text_that_transformers_generates(
 def test_generate_repeats_itself_with_the_same_seed_only(trained: Path) -> None:
     one, again, other = (generate(str(trained), "It", max_new_tokens=20, seed=seed) for seed in (0, 0, 1))
     assert one == again != other
+
+
+def test_generate_takes_the_last_checkpoint_of_a_run_s_folder(trained: Path, tmp_path: Path) -> None:
+    run = next(folder for folder in trained.parents if (folder / "config.yaml").exists())
+    expected = generate(str(trained), "It", 8)
+    earlier = tmp_path / "run" / "version_0" / "checkpoints" / "step=1.ckpt"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_bytes(b"not one that is read")
+    os.utime(earlier, ns=(0, 0))
+    (earlier.parent / "step=2.ckpt").symlink_to(trained)
+    data = next(folder for folder in trained.parents if (folder / "text.txt").exists()) / "data"
+    assert generate(str(tmp_path / "run"), "It", 8, data_dir=str(data)) == expected
+    assert generate(str(run), "It", 8) == expected
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"or with checkpoints \(\*\.ckpt\) below it\. Got the folder"):
+        generate(str(tmp_path / "empty"), "It")
 
 
 def test_generate_takes_the_tokenizer_of_a_folder_as_well(trained: Path, tmp_path: Path) -> None:

@@ -108,7 +108,10 @@ def test_a_path_without_a_checkpoint_is_refused(
     assert message.endswith("Expected a checkpoint. Got nowhere.ckpt, which does not exist.")
     Path("folder").mkdir()
     message = refusal(capsys, command, "--ckpt_path", "folder", *OUTPUT[command])
-    assert message.endswith("Expected a checkpoint: a file, or a folder with .metadata. Got the folder folder.")
+    assert message.endswith(
+        "Expected a checkpoint: a file, or a folder with .metadata or with checkpoints (*.ckpt) below it. Got the "
+        "folder folder."
+    )
     for name in (".metadata", "meta.pt"):
         Path("folder", name).write_bytes(pickle.dumps({}))
     message = refusal(capsys, command, "--ckpt_path", "folder", *OUTPUT[command])

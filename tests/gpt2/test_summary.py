@@ -67,3 +67,13 @@ def test_the_summary_goes_on_counting_in_a_resumed_run(folder: Path) -> None:
     summary = RunSummary()
     tiny_trainer(folder, summary, max_steps=5).fit(TinyGPT2(), tiny_data(folder), ckpt_path=str(folder / "step=3.ckpt"))
     assert summary.state_dict()["tokens"] == 5 * BATCH * BLOCK
+
+
+def test_the_sample_begins_as_the_text_of_one_s_own_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
+    meta = prepare([str(tmp_path / "text.txt")], str(tmp_path), vocab_size=257)
+    data = TextDataModule(str(tmp_path), BLOCK, BATCH)
+    tiny_trainer(tmp_path, RunSummary(sample_tokens=1), max_steps=1).fit(TinyGPT2(vocab_size=meta["vocab_size"]), data)
+    begin = data.tokenizer.decode(data.val_windows[[0]][0][0, :6].tolist())
+    assert begin.strip() in "the cat sat on the mat. " * 2
+    assert begin.strip() in capsys.readouterr().out

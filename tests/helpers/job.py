@@ -44,7 +44,7 @@ SMALL_JOB: dict[str, Any] = {
         "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "logs"}},
     },
 }
-SAVING = {  # what the README recommends
+SAVING = {  # what docs/checkpoints.md recommends
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
     "init_args": {
         "dirpath": "saved",

@@ -95,7 +95,8 @@ def test_options_overrule_the_recipe(capsys: pytest.CaptureFixture[str]) -> None
         (("--layout=ddp", "--replicas=2"), "Expected replicas with hsdp or fsdp2_tp only. Got 2 with ddp."),
         (("--layout=fsdp2", "--tensor=2"), "Expected tensor with fsdp2_tp only. Got 2 with fsdp2."),
         (("--layout=fsdp2_tp", "--tensor=8"), "Expected tensor, 8, to divide the attention heads. Got 12 heads."),
-        (("--model=gpt5",), "Expected model to be a LightningModule's class or one of gpt2_small, .* Got 'gpt5'."),
+        (("--model=gpt5",), "Expected model to be a LightningModule's class, .* or one of gpt2_small, .* Got 'gpt5'."),
+        (("--model=gpt2-smal",), r".* Got 'gpt2-smal'\. Nearest: gpt2_small\."),
         ((*layers("quickstart", "strategy/fsdp1"),), r"Expected a recipe with DDP or .* Got FSDPStrategy; with FSDP"),
         ((*layers("quickstart", "optim/adamw"),), "Expected a subclass of OrthogonalizedOptimizer, .* Got AdamW."),
         (

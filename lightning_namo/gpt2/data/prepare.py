@@ -49,7 +49,7 @@ def prepare(
     """Turn text files into token files to train on.
 
     A .txt file is one document, a .jsonl file one document a line, a .parquet file one a row. Documents are held out
-    for validation by chance; of a single document it is the end. Each ends with <|endoftext|>. An interrupted run
+    for validation by chance; of a single document it is the end. Each ends with ``<|endoftext|>``. An interrupted run
     leaves finished parts in the folder `partial` of `out_dir`, and the same command goes on with them.
 
     Args:
