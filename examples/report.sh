@@ -8,5 +8,5 @@ lightning-namo sweep configs/sweeps/optimizers.yaml
 lightning-namo report runs/optimizers --out runs/optimizers/report.html
 as_root=$([ "$(id -u)" != 0 ] || echo --no-sandbox)
 # shellcheck disable=SC2086  # no option at all where it is empty
-chromium --headless $as_root --disable-gpu --hide-scrollbars --virtual-time-budget=60000 --window-size=1100,6000 \
+chromium --headless $as_root --disable-gpu --hide-scrollbars --virtual-time-budget=60000 --window-size=1100,13100 \
   --screenshot=docs/report.png "file://$PWD/runs/optimizers/report.html"
