@@ -53,7 +53,7 @@ def test_a_file_of_that_name_wins(tmp_path: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("quickstrat", "Nearest: quickstart. "),
+        ("quickstrat", "Nearest: quickstart, "),
         ("optim/namod", "Nearest: optim/namo_d, optim/namo"),
         ("fsdp2", "Nearest: strategy/fsdp2, "),
         ("configs/quickstart.yaml", "Nearest: quickstart. "),

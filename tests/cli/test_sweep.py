@@ -83,9 +83,9 @@ def test_the_job_array_has_a_line_for_each_run(tmp_path):
 def test_the_published_grids_are_there(size, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = sweep(f"configs/sweeps/{size}.yaml", print_jobs=True).splitlines()
-    counts = {name: sum(f"configs/optim/{name}.yaml" in line for line in lines) for name in ("adamw", "namo", "namo_d")}
+    counts = {name: sum(f"--config=optim/{name} " in line for line in lines) for name in ("adamw", "namo", "namo_d")}
     assert counts == {"adamw": 5, "namo": 5, "namo_d": 20}
-    assert all(f"configs/gpt2_{size}.yaml" in line for line in lines)
+    assert all(f"--config=gpt2_{size} " in line for line in lines)
 
 
 def test_every_order_has_five_learning_rates_and_its_best_three_seeds(monkeypatch):
@@ -93,7 +93,7 @@ def test_every_order_has_five_learning_rates_and_its_best_three_seeds(monkeypatc
     lines = sweep("configs/sweeps/denoise.yaml", print_jobs=True).splitlines()
     assert len(lines) == 21 == len({line.partition("--trainer.logger.name=")[2].split()[0] for line in lines})
     for order in ("pre", "none", "post"):
-        of_order = [line for line in lines if f"configs/denoise/{order}.yaml" in line]
+        of_order = [line for line in lines if f"--config=denoise/{order} " in line]
         best = yaml.safe_load(Path(f"configs/denoise/{order}.yaml").read_text())["optim"]["optimizer"]["init_args"][
             "lr"
         ]
@@ -118,7 +118,7 @@ def test_a_file_that_says_something_else_is_refused(keys, message, tmp_path):
 def test_jobs_and_files_that_are_not_there_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"Expected a job from 0 to 1\. Got 2"):
         sweep(plan(tmp_path), job=2)
-    with pytest.raises(ValueError, match="which does not exist"):
+    with pytest.raises(ValueError, match="Expected a file, or the name of a recipe"):
         sweep(str(tmp_path / "none.yaml"))
 
 
