@@ -21,6 +21,7 @@ MOST = 6
 
 APART = 4.0  # times the batch
 UNLIFTED = 0.1  # of a matrix's singular values
+MEDIAN = "the median of all matrices"
 _LAST = 10  # readings of which the median is taken
 _NAMED, _FIRST = 3, 2  # runs, and matrices of each
 
@@ -33,9 +34,11 @@ def advice(runs: Sequence[Run]) -> list[str]:
     found = [*_not_finite(runs), *_skipped(runs)]
     found += [words for sweep in valleys(runs) for words in _edge(sweep)]
     for matrices_of, words in _OF_MATRICES.items():
-        said = {run.name: named for run in runs[:MOST] if (named := matrices_of(run))}
+        known = [run for run in runs if any(tag.startswith(_READ[matrices_of]) for tag in run.curves)]
+        said = {run.name: named for run in known[:MOST] if (named := matrices_of(run))}
         if said:
-            found.append(words.format(_named(list(said), said)))
+            looked_at = f" (Of {len(known)} runs, the {MOST} with the lowest loss.)" if len(known) > MOST else ""
+            found.append(words.format(_named(list(said), said)) + looked_at)
     return found
 
 
@@ -43,9 +46,11 @@ def _not_finite(runs: Sequence[Run]) -> list[str]:
     from_step = {}
     for run in runs:
         curves = [run.curves[tag] for tag in (TRAIN, VAL) if tag in run.curves]
-        steps = [int(step) for curve in curves for step in curve.steps[~np.isfinite(curve.values)]]
-        if steps:
-            from_step[run.name] = f"from step {min(steps):,} on"
+        bad = [~np.isfinite(curve.values) for curve in curves]
+        if any(each.any() for each in bad):
+            first = min(int(curve.steps[each][0]) for curve, each in zip(curves, bad, strict=True) if each.any())
+            count, logged = sum(int(each.sum()) for each in bad), sum(len(each) for each in bad)
+            from_step[run.name] = f"{count:,} of {logged:,} times it was logged, first at step {first:,}"
     if not from_step:
         return []
     return [
@@ -67,17 +72,20 @@ def _skipped(runs: Sequence[Run]) -> list[str]:
 
 def _edge(sweep: Valley) -> list[str]:
     rates, best = list(sweep.by_rate), sweep.best()
-    if len(rates) < 2 or best not in (rates[0], rates[-1]):
+    tried = [*rates, *sweep.without]
+    if len(rates) < 2 or best not in (min(tried), max(tried)) or not sweep.is_alike:
         return []
-    where, beyond = ("lowest", "lower") if best == rates[0] else ("highest", "higher")
+    where, beyond = ("lowest", "lower") if best == min(tried) else ("highest", "higher")
     return [f"Learning rates, {sweep.name}: the best, {best:g}, is the {where} that was tried. Try {beyond} ones."]
 
 
 def _signals(run: Run) -> dict[str, Number]:
     """The median signal fraction of each matrix over its last readings, and whether it is a bound."""
     readings: dict[str, list[tuple[int, float, str]]] = {}
+    single = any(of_matrices(run, tag) for tag in _SIGNALS)  # else only the median over matrices was logged
     for tag, kind in _SIGNALS.items():
-        for matrix, curve in of_matrices(run, tag).items():
+        medians = {MEDIAN: run.curves[f"{tag}/median"]} if f"{tag}/median" in run.curves else {}
+        for matrix, curve in (of_matrices(run, tag) if single else medians).items():
             readings.setdefault(matrix, []).extend(
                 (int(step), float(value), kind)
                 for step, value in zip(curve.steps[-_LAST:], curve.values[-_LAST:], strict=True)
@@ -131,6 +139,8 @@ def _clear(run: Run) -> str:
 def _swinging(run: Run) -> str:
     signals = _signals(run)
     swinging = [m for m, (_, kind) in signals.items() if kind == "negative"]
+    if swinging == [MEDIAN]:
+        return MEDIAN
     return f"{len(swinging)} of {len(signals)} matrices" if 2 * len(swinging) > len(signals) else ""
 
 
@@ -155,10 +165,19 @@ _OF_MATRICES: dict[Callable[[Run], str], str] = {
 }
 
 
+_READ: dict[Callable[[Run], str], str] = {
+    **dict.fromkeys((_noisy, _clear, _swinging), "signal_fraction"),
+    _unlifted: "unlifted_share_momentum",
+}
+"""What each is found from."""
+
+
 def _matrices(names: Sequence[str], count: int, said: dict[str, str], batch: float | None = None) -> str:
     """How many matrices, and the first of them."""
     if not names:
         return ""
+    if list(names) == [MEDIAN]:
+        return f"{MEDIAN}{f', batch {batch:,.0f}' if batch else ''}: {said[MEDIAN]}"
     more = f" and {len(names) - _FIRST} more" if len(names) > _FIRST else ""
     first = ", ".join(f"{name} {said[name]}" for name in names[:_FIRST])
     return f"{len(names)} of {count} matrices{f', batch {batch:,.0f}' if batch else ''}: {first}{more}"

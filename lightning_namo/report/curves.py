@@ -23,12 +23,12 @@ def binned(values: NDArray[np.float64], points: int) -> NDArray[np.float64]:
 
 
 def smoothed(values: NDArray[np.float64], weight: float) -> NDArray[np.float64]:
-    """Exponential moving average without the bias of its start; values that are not finite are passed over."""
+    """Exponential moving average without the bias of its start; not a number where the value is not finite."""
     if not weight:
         return values
     average, total, found = 0.0, 0.0, np.empty_like(values)
     for i, value in enumerate(values):
         if np.isfinite(value):
             average, total = weight * average + (1 - weight) * value, weight * total + 1 - weight
-        found[i] = average / total if total else np.nan
+        found[i] = average / total if np.isfinite(value) else np.nan
     return found

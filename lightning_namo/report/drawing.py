@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -85,6 +86,11 @@ def colors_of(runs: Sequence[Run]) -> dict[str, str]:
 def as_number(value: float) -> str:
     """A number of any size in three digits; thousands whole."""
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+
+
+def loss_text(value: float) -> str:
+    """A loss of any size: four decimals, or four digits where these say nothing."""
+    return f"{value:.4g}" if math.isfinite(value) and value and not 0.01 <= abs(value) < 1e4 else f"{value:.4f}"
 
 
 def styled(figure: go.Figure, height: int) -> go.Figure:

@@ -21,6 +21,8 @@ PATTERN = "events.out.tfevents.*"
 _HEADER, _CRC = 12, 4  # bytes: the length and its checksum, and the checksum of the record
 # Lightning's ThroughputMonitor logs these at batches of evaluation, the logger hp_metric at 0.
 _OTHER_STEPS = re.compile(r"hp_metric|(validate|test|predict)/(time|batches|samples|lengths|.*_per_sec|.*mfu)")
+AFTER = re.compile(r"(test|predict)[/_].*")
+"""Tags of what is done once training has ended, at a step after the last one."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,16 @@ def read_event_file(path: Path) -> EventFile:
     event file, and not a number that changed.
     """
     found = EventFile(path)
+    try:
+        _read(found)
+    except OSError as error:
+        found.broken = f"it cannot be read ({error.strerror})"
+    return found
+
+
+def _read(found: EventFile) -> None:
     columns: dict[str, tuple[array[int], array[float], array[float]]] = {}
-    with path.open("rb") as file:
+    with found.path.open("rb") as file:
         for record in _records(file, found):
             try:
                 event = Event.FromString(record)
@@ -80,7 +90,6 @@ def read_event_file(path: Path) -> EventFile:
     for tag, (steps, values, times) in columns.items():
         found.curves[tag] = Curve(np.array(steps, np.int64), np.array(values), np.array(times))
         found.started = min(found.started, min(times))  # clocks are set back
-    return found
 
 
 def _records(file: BinaryIO, found: EventFile) -> Iterator[bytes]:
@@ -119,8 +128,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Curve], list[str]]:
 def merge(files: Sequence[EventFile]) -> dict[str, Curve]:
     """The curves of a run that was resumed: a later file wins from its first step on.
 
-    Seconds count from the start of the first file, without the pauses between files. A file of one step, as an
-    evaluation leaves it, wins at that step only.
+    Seconds count from the start of the first file, without the pauses between files. A file of one step, or without
+    curves of training beside others that have them, as an evaluation leaves it, wins at its steps only.
     """
     kept: dict[str, list[Curve]] = {}
     passed = 0.0
@@ -129,7 +138,8 @@ def merge(files: Sequence[EventFile]) -> dict[str, Curve]:
         if not curves:
             continue
         first = min(int(curve.steps.min()) for curve in curves.values())
-        if first < max(int(curve.steps.max()) for curve in curves.values()):
+        trained = any(tag.startswith("train/") for tag in curves) or not any(tag.startswith("train/") for tag in kept)
+        if trained and first < max(int(curve.steps.max()) for curve in curves.values()):
             for tag, parts in kept.items():
                 kept[tag] = [part[part.steps < first] for part in parts]
         passed = max((part.seconds.max() for parts in kept.values() for part in parts if len(part.steps)), default=0.0)

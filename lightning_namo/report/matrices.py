@@ -112,10 +112,10 @@ def layers_section(runs: Sequence[Run]) -> Section:
     if section.drawings:
         shown = f"the {len(with_maps)} runs with the lowest loss that logged them" if len(runs) > 1 else "the run"
         section.lines.append(
-            f"Of {shown}. From above: matrices by what they do, then by depth. Cells are means over the steps of a "
+            f"Heat maps are of {shown}. From above: matrices by what they do, then by depth. Cells are means over the steps of a "
             "column."
         )
-        rows = [[run.name, *(_newest(run, reading) for reading in _LAYERS.values())] for run in runs]
+        rows = [[run.name, *_newest_of_layers(run)] for run in runs]
         section.table = Table(["last median", *_LAYERS], rows)
     return section
 
@@ -124,14 +124,20 @@ def _tags() -> list[str]:
     return [reading.tag + kind for reading in _LAYERS.values() for kind in reading.kinds]
 
 
-def _newest(run: Run, reading: Reading) -> str:
-    """The last median that was logged of any kind."""
+def _newest_of_layers(run: Run) -> list[str]:
+    """The last medians; no noise scale where the last signal fraction has none, since it is negative."""
+    scale, signal, noise = (_newest(run, reading) for reading in _LAYERS.values())
+    return [scale[1], signal[1], noise[1] if noise[0] >= signal[0] else "-"]
+
+
+def _newest(run: Run, reading: Reading) -> tuple[int, str]:
+    """The step and the words of the last median that was logged of any kind."""
     found = {kind: run.curves.get(f"{reading.tag}{kind}/median") for kind in reading.kinds}
     last = {kind: (int(curve.steps[-1]), float(curve.values[-1])) for kind, curve in found.items() if curve is not None}
     if not last:
-        return "-"
+        return -1, "-"
     kind = max(last, key=last.__getitem__)
-    return BOUNDS.get(kind, "") + as_number(last[kind][1])
+    return last[kind][0], BOUNDS.get(kind, "") + as_number(last[kind][1])
 
 
 def spectra_section(runs: Sequence[Run]) -> Section:

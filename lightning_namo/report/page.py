@@ -43,6 +43,9 @@ def report(runs: list[str], out: str = "report.html", smoothing: float = 0.0) ->
         raise ValueError(
             f"Expected one or more runs and a page to write, as report.html. Got runs {runs} and out {out}."
         )
+    summary = page.with_suffix(".md")
+    if folder := next((path for path in (page, summary) if path.is_dir()), None):
+        raise ValueError(f"Expected files to write at {page} and {summary}. Got the folder {folder}.")
     if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"Expected plotly to be installed: pip install 'lightning-namo[report]'. Got no {' and no '.join(missing)}."
@@ -51,10 +54,12 @@ def report(runs: list[str], out: str = "report.html", smoothing: float = 0.0) ->
 
     found = by_loss(read_runs(runs))
     sections = all_sections(found, smoothing)
-    summary = page.with_suffix(".md")
     for path, text in {page: _html(found, sections), summary: markdown(sections)}.items():
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"Expected a place to write {path}. Got: {error}") from error
     return {"page": str(page), "summary": str(summary), "runs": len(found)}
 
 
@@ -93,4 +98,6 @@ def markdown(sections: Sequence[Section]) -> str:
 
 def _markdown_table(table: Table) -> str:
     rows = [table.header, ["---"] * len(table.header), *table.rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join(
+        "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in row) + " |" for row in rows
+    )

@@ -6,14 +6,15 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_namo.progress import counted
-from lightning_namo.report.events import PATTERN, Curve, read_folder
-from lightning_namo.report.settings import Settings, read_settings
+from lightning_namo.report.events import AFTER, PATTERN, Curve, read_folder
+from lightning_namo.report.settings import FILES, Settings, read_settings
 
 TRAIN, VAL = "train/loss", "val/loss"
 
@@ -30,12 +31,15 @@ class Run:
     @property
     def steps(self) -> int:
         """Steps taken; the first is logged as 0."""
-        return max((int(curve.steps[-1]) + 1 for curve in self.curves.values()), default=0)
+        return max((int(curve.steps[-1]) + 1 for curve in self._trained()), default=0)
 
     @property
     def seconds(self) -> float:
         """Time from the start of the first session to the last record, without the pauses between sessions."""
-        return max((float(curve.seconds.max()) for curve in self.curves.values()), default=0.0)
+        return max((float(curve.seconds.max()) for curve in self._trained()), default=0.0)
+
+    def _trained(self) -> list[Curve]:
+        return [curve for tag, curve in self.curves.items() if not AFTER.fullmatch(tag)]
 
     def last(self, tag: str) -> float | None:
         """The last value of a curve; None without one."""
@@ -51,8 +55,8 @@ class Run:
         grown = np.diff(lengths.values, prepend=0.0)
         taken = np.diff(lengths.steps, prepend=-1)
         goes_on = grown > 0
-        goes_on[0] = len(grown) == 1
-        a_step = float(np.median((grown / taken)[goes_on])) if goes_on.any() else 0.0
+        goes_on[0] = len(grown) == 1 or taken[0] <= 2 * taken[1:].min()  # else the run began elsewhere
+        a_step = float(grown[goes_on].sum() / taken[goes_on].sum()) if goes_on.any() else 0.0
         total = np.cumsum(np.where(goes_on, grown, taken * a_step))
         far = 10**9  # steps after the last record, for what was logged after it
         known = np.array([-1, *lengths.steps, lengths.steps[-1] + far])
@@ -92,7 +96,15 @@ def _run_folders(path: Path) -> Iterator[Path]:
         raise ValueError(
             f"Expected a folder of runs. Got {path}, which is {'a file' if path.exists() else 'not there'}."
         )
-    found = sorted({file.parent.resolve() for file in path.rglob(PATTERN) if file.is_file()})
+    found, seen = [], set[Path]()
+    for name, folders, files in os.walk(path, followlinks=True):
+        folder = Path(name).resolve()
+        folders[:] = sorted(folders) if folder not in seen else []  # a link may lead back
+        if folder not in seen and any(fnmatchcase(file, PATTERN) for file in files):
+            found.append(folder)
+        seen.add(folder)
+    writers = [folder for folder in found if any((folder / name).exists() for name in FILES)]
+    found = [f for f in found if f in writers or not any(w in f.parents for w in writers)]  # SummaryWriter.add_scalars'
     if not found:
         raise ValueError(f"Expected event files ({PATTERN}) in or below {path}. Got none: is it a logger's save_dir?")
     yield from found
@@ -110,7 +122,8 @@ def names(folders: Sequence[Path]) -> list[str]:
     if len({len(each) for each in parts}) == 1:
         differs = [len(set(place)) > 1 for place in zip(*parts, strict=True)]
         parts = [tuple(p for p, keep in zip(each, differs, strict=True) if keep) for each in parts]
-    return ["/".join(each) or common.name for each in parts]
+    found = ["/".join(each) or common.name for each in parts]
+    return found if len(set(found)) == len(found) else [str(folder.relative_to(common.parent)) for folder in folders]
 
 
 def _read(name: str, folder: Path) -> Run:

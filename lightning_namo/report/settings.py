@@ -11,23 +11,38 @@ import yaml  # type: ignore[import-untyped]
 
 Settings: TypeAlias = dict[str, Any]  # by dotted key
 
-_FILES = ("config.yaml", "hparams.yaml")  # LightningCLI's, and a TensorBoardLogger's
+FILES = ("config.yaml", "hparams.yaml")  # LightningCLI's, and a TensorBoardLogger's
 _OF_FOLDERS = ("trainer.logger", "trainer.default_root_dir", "ckpt_path", "dirpath", "_instantiator")
 _RATES, _SEEDS = ("lr", "learning_rate"), ("seed", "seed_everything")
 
 
 def read_settings(folder: Path) -> tuple[Settings, str | None]:
     """The settings in a run's folder, and what is wrong with their file; none if there is no file."""
-    for path in (folder / name for name in _FILES):
+    complaint = None
+    for path in (folder / name for name in FILES):
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
         except FileNotFoundError:
             continue
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            return {}, f"{path.name}: {' '.join(str(error).split())[:120]}."
+        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+            complaint = complaint or f"{path.name}: {' '.join(str(error).split())[:120]}."
+            continue
         if isinstance(content, dict) and content:
-            return dict(_flatten(content)), None
-    return {}, None
+            return dict(_flatten(content)), complaint
+    return {}, complaint
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Takes tuples, paths and the like, as hparams.yaml has them, for what they are made of; runs nothing."""
+
+
+def _parts(loader: Any, suffix: str, node: Any) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return loader.construct_mapping(node, deep=True)
+    return loader.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else node.value
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/", _parts)
 
 
 def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -96,7 +111,8 @@ def differing(all_settings: Sequence[Settings]) -> list[str]:
 def of_optimizer(settings: Settings) -> list[str]:
     """Keys of the optimizer; all keys if none is named so."""
     keys = list(of_run(settings))
-    return [key for key in keys if "optimizer" in key.split(".")] or keys
+    named = [key for key in keys if "optimizer" in key.split(".")]
+    return named or [key for key in keys if key.startswith("model") or is_rate(key)] or keys
 
 
 def shortened(keys: Sequence[str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lightning_namo.report.drawing import Section, Table, colors_of
+from lightning_namo.report.drawing import Section, Table, colors_of, loss_text
 from lightning_namo.report.readings import over_matrices
 from lightning_namo.report.runs import TRAIN, VAL, Run
 from lightning_namo.report.settings import as_text, differing, of_optimizer, shortened
@@ -26,7 +26,10 @@ def runs_section(runs: Sequence[Run]) -> Section:
     order = ["From the lowest last loss on."] if len(runs) > 1 else []
     section = Section("Runs", order, table=Table(header, rows, [colors_of(runs)[run.name] for run in runs]))
     if without := [run.name for run in runs if not run.settings]:
-        section.lines.append(f"No settings (config.yaml or hparams.yaml beside the event files): {', '.join(without)}.")
+        section.lines.append(
+            "No settings could be read (config.yaml or hparams.yaml beside the event files; Files says if one is "
+            f"broken): {', '.join(without)}."
+        )
     elif not keys:
         section.lines.append("The settings of the runs do not differ.")
     if any(skipped_steps(run) is None for run in runs):
@@ -57,7 +60,7 @@ def skipped_steps(run: Run) -> float | None:
 
 
 def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else loss_text(value)
 
 
 def duration(seconds: float) -> str:

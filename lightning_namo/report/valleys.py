@@ -12,7 +12,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import qualitative
 
-from lightning_namo.report.drawing import Drawing, Section, Table, styled
+from lightning_namo.report.drawing import Drawing, Section, Table, loss_text, styled
 from lightning_namo.report.runs import TRAIN, VAL, Run
 from lightning_namo.report.settings import as_text, differing, is_rate, is_seed, of_run, shortened
 
@@ -23,13 +23,20 @@ _ALIKE = 0.95  # share of the longest run's steps
 class Valley:
     """Runs that differ in their learning rate and seed only: by rate, in rising order, the last losses of the seeds.
 
-    ``steps`` are those of the shortest and of the longest run.
+    ``steps`` are the first and the last of those at which these were logged, ``without`` the rates of runs that have no
+    such loss yet.
     """
 
     name: str
     loss: str
     by_rate: dict[float, list[float]]
     steps: tuple[int, int]
+    without: tuple[float, ...] = ()
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether the losses can be compared."""
+        return self.steps[0] >= _ALIKE * self.steps[1]
 
     def means(self) -> dict[float, float]:
         """The mean over seeds by rate; not a number where a run has diverged."""
@@ -52,16 +59,20 @@ def valleys(runs: Sequence[Run]) -> list[Valley]:
     for run in runs:
         settings = of_run(run.settings)
         others = {key: as_text(value) for key, value in settings.items() if not is_rate(key) and not is_seed(key)}
-        if settings and loss in run.curves:
+        if settings:
             groups[repr(sorted(others.items()))].append(run)
     found = [sweep for members in groups.values() for sweep in _sweeps(members)]
     sweeps = []
     for name, (rate, members) in zip(_names(found), found, strict=True):
         by_rate = defaultdict[float, list[float]](list)
-        for run in members:
+        with_loss = [run for run in members if loss in run.curves]
+        for run in with_loss:
             by_rate[_rates(run)[rate]].append(float(run.curves[loss].values[-1]))
-        steps = [run.steps for run in members]
-        sweeps.append(Valley(name, loss, dict(sorted(by_rate.items())), (min(steps), max(steps))))
+        if len(by_rate) < 2:
+            continue
+        steps = [int(run.curves[loss].steps[-1]) + 1 for run in with_loss]
+        without = tuple(_rates(run)[rate] for run in members if loss not in run.curves)
+        sweeps.append(Valley(name, loss, dict(sorted(by_rate.items())), (min(steps), max(steps)), without))
     return sweeps
 
 
@@ -106,14 +117,16 @@ def valleys_section(runs: Sequence[Run]) -> Section:
     section, sweeps = Section("Learning rates"), valleys(runs)
     if not sweeps:
         section.lines.append(
-            "No learning-rate sweep: no two runs have settings that differ in the learning rate (and the seed) only."
+            "No learning-rate sweep: no two runs have settings that differ in a number named lr or learning_rate only "
+            "(and in the seed)."
         )
         return section
     figure = go.Figure()
     for number, sweep in enumerate(sweeps):
         means = sweep.means()
         hover = [
-            f"{sweep.name}<br>lr {rate:g}: {loss:.4f}, {len(sweep.by_rate[rate])} seeds" for rate, loss in means.items()
+            f"{sweep.name}<br>lr {rate:g}: {loss_text(loss)}, {len(sweep.by_rate[rate])} seeds"
+            for rate, loss in means.items()
         ]
         style = {"color": qualitative.D3[number % len(qualitative.D3)]}
         x, y = list(means), list(means.values())
@@ -129,14 +142,17 @@ def valleys_section(runs: Sequence[Run]) -> Section:
         "point lies between two others. A rate at which a run diverged is left out."
     )
     for sweep in sweeps:
-        if sweep.steps[0] < _ALIKE * sweep.steps[1]:
+        if not sweep.is_alike:
             section.lines.append(
-                f"{sweep.name}: runs have from {sweep.steps[0]:,} to {sweep.steps[1]:,} steps, so their last losses "
-                "cannot be compared: some go on or broke off."
+                f"{sweep.name}: the last losses are of {sweep.steps[0]:,} to {sweep.steps[1]:,} steps and cannot be "
+                "compared: some runs go on or broke off."
             )
+        if sweep.without:
+            rates = ", ".join(f"{rate:g}" for rate in sorted(sweep.without))
+            section.lines.append(f"{sweep.name}: no {sweep.loss} yet at {rates}.")
     section.drawings.append(Drawing("Last loss by learning rate", says, figure))
     rows = [
-        [sweep.name, f"{rate:g}", f"{loss:.4f}", str(len(sweep.by_rate[rate]))]
+        [sweep.name, f"{rate:g}", loss_text(loss), str(len(sweep.by_rate[rate]))]
         for sweep in sweeps
         for rate, loss in sweep.means().items()
     ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lightning_namo.report.advice import advice, batch_of
+from lightning_namo.report.matrices import layers_section
 from lightning_namo.report.runs import Run
 from lightning_namo.report.sections import all_sections
 from tests.report.logged import logged_run, optimizer
@@ -131,4 +134,29 @@ def test_skipped_steps_are_said_once_for_all_runs() -> None:
 def test_a_loss_that_is_not_finite(tag: str) -> None:
     assert advice([logged_run("run", {tag: {1: 1.0, 5: 1.0}})]) == []
     (words,) = advice([logged_run("run", {tag: {1: 1.0, 5: math.inf, 6: math.nan}})])
-    assert words.startswith("The loss is not finite in run (from step 5 on). Lower the learning rate")
+    assert words.startswith("The loss is not finite in run (2 of 3 times it was logged, first at step 5). Lower the ")
+
+
+def test_medians_alone_have_advice_too() -> None:
+    """As of a model with more than 64 matrices."""
+    (noisy,) = advice([noisy_run(median=0.01, min=0.01, max=0.01)])
+    assert "4 times the batch in run (the median of all matrices, batch 16: " in noisy
+    (swinging,) = advice([noisy_run("_negative", median=-0.1)])
+    assert "The signal fraction is negative in run (the median of all matrices)" in swinging
+
+
+def test_runs_without_a_reading_take_no_place_among_those_that_are_looked_at() -> None:
+    silent = [logged_run(f"silent_{i}", {"val/loss": {0: 0.1}}) for i in range(6)]
+    noisy = [noisy_run(a=0.01) for _ in range(7)]
+    (words,) = advice([*silent, *noisy])
+    assert "in run (1 of 1 matrices" in words
+    assert words.endswith("(Of 7 runs, the 6 with the lowest loss.)")
+
+
+def test_a_stale_noise_scale_is_not_the_last(tmp_path: Path) -> None:
+    run = noisy_run(median=0.5)
+    negative = noisy_run("_negative", median=-0.1).curves["signal_fraction_negative/median"]
+    run.curves["signal_fraction_negative/median"] = replace(negative, steps=negative.steps + 50)
+    table = layers_section([run]).table
+    assert table is not None
+    assert table.rows == [["run", "-", "-0.1", "-"]]

@@ -125,3 +125,22 @@ def test_a_file_of_something_else_is_said(tmp_path: Path, content: bytes, words:
     curves, broken = read_folder(tmp_path)
     assert list(curves) == ["a"]
     assert [words in line for line in broken] == [True]
+
+
+def test_an_evaluator_beside_a_run_leaves_its_curves_alone(tmp_path: Path) -> None:
+    write(tmp_path, {"train/loss": dict.fromkeys(range(10), 1.0)}, began=1000)
+    write(tmp_path, {"val/loss": {2: 3.0, 4: 3.0, 6: 3.0}}, began=2000)
+    assert set(values(tmp_path, "train/loss")) == set(range(10))
+    assert values(tmp_path, "val/loss") == {2: 3.0, 4: 3.0, 6: 3.0}
+
+
+def test_what_cannot_be_opened_is_broken(tmp_path: Path) -> None:
+    write(tmp_path, {"train/loss": {0: 1.0}})
+    (tmp_path / "events.out.tfevents.1.gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "events.out.tfevents.2.folder").mkdir()
+    curves, broken = read_folder(tmp_path)
+    assert set(curves) == {"train/loss"}
+    assert [line.partition(": ")[2] for line in broken] == [
+        "it cannot be read (No such file or directory).",
+        "it cannot be read (Is a directory).",
+    ]

@@ -179,3 +179,16 @@ def test_fifty_runs_fit_in_five_megabytes(tmp_path: Path) -> None:
 )
 def test_a_time_has_no_sixty_seconds(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_a_folder_is_not_replaced_by_the_page(tmp_path: Path) -> None:
+    write(tmp_path / "run", {"train/loss": {0: 1.0}})
+    for name in ("out.html", "other.md"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.txt").write_text("kept")
+        with pytest.raises(ValueError, match=rf"Expected files to write at .* Got the folder .*{name}"):
+            report([str(tmp_path / "run")], str(tmp_path / name.replace(".md", ".html")))
+        assert (tmp_path / name / "data.txt").read_text() == "kept"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Expected a place to write"):
+        report([str(tmp_path / "run")], str(tmp_path / "file" / "report.html"))

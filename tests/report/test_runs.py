@@ -20,6 +20,7 @@ from tests.report.logged import logged_run, optimizer, write
         (["runs/a/x/version_0", "runs/b/y/version_0", "runs/a/y/version_0"], ["a/x", "b/y", "a/y"]),
         (["runs/a/version_0", "runs/sweep/lr=1/version_0"], ["a", "sweep/lr=1"]),
         (["runs/a", "runs/a/inner"], ["a", "inner"]),
+        (["runs/a", "runs/a/a"], ["a", "a/a"]),
         (["runs/quickstart/version_3"], ["quickstart/version_3"]),
         (["sweep/lr=0.1"], ["lr=0.1"]),
     ],
@@ -101,7 +102,7 @@ def test_config_wins_over_hparams_and_classes_have_short_names(tmp_path: Path) -
     }
 
 
-@pytest.mark.parametrize("content", ["a: [1", "!!python/object:os.system {}", "a: \x00"])
+@pytest.mark.parametrize("content", ["a: [1", "when: 2026-99-99", "a: \x00", "[" * 2000])
 def test_settings_that_cannot_be_read_are_said(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
     settings, complaint = read_settings(tmp_path)
@@ -138,3 +139,42 @@ def test_keys_are_as_short_as_tells_them_apart() -> None:
 def test_of_one_run_the_optimizers_settings_are_shown() -> None:
     assert of_optimizer(settings_of(optim=optimizer(lr=0.1), seed=1)) == ["optim.optimizer", "optim.optimizer.lr"]
     assert of_optimizer({"lr": 1, "_instantiator": "x"}) == ["lr"]
+
+
+def test_hparams_with_tuples_and_paths_are_read_and_nothing_is_run(tmp_path: Path) -> None:
+    path = "!!python/object/apply:pathlib.PosixPath [/, data]"
+    harm = f"!!python/object/apply:os.system ['touch {tmp_path}/harm']"
+    (tmp_path / "config.yaml").mkdir()
+    (tmp_path / "hparams.yaml").write_text(f"betas: !!python/tuple [0.9, 0.95]\nlr: 0.1\ndata: {path}\nharm: {harm}\n")
+    settings, complaint = read_settings(tmp_path)
+    assert (settings["lr"], settings["betas"], settings["data"]) == (0.1, [0.9, 0.95], ["/", "data"])
+    assert complaint is not None
+    assert complaint.startswith("config.yaml: ")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_linked_folders_are_followed_once_and_folders_of_a_writer_s_own_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "real" / "a", {"train/loss": {0: 1.0}}, lr=0.1)
+    write(tmp_path / "real" / "a" / "losses_train", {"losses": {0: 1.0}})  # SummaryWriter.add_scalars
+    links = tmp_path / "links"
+    links.mkdir()
+    (links / "to_a").symlink_to(tmp_path / "real" / "a")
+    (links / "back").symlink_to(links)
+    assert [run.name for run in read_runs([str(links)])] == ["a"]
+    assert [run.name for run in read_runs([str(tmp_path)])] == ["a"]
+
+
+def test_batches_of_other_lengths_are_counted(tmp_path: Path) -> None:
+    total, lengths = 0.0, {}
+    for step in range(20):
+        total += 10 if step % 2 else 400
+        lengths[step] = total
+    write(tmp_path, {"train/lengths": {s: lengths[s] for s in range(3, 20, 4)}, "train/loss": {19: 1.0}})
+    (run,) = read_runs([str(tmp_path)])
+    assert run.tokens() == [total]
+
+
+def test_a_test_after_training_is_no_step(tmp_path: Path) -> None:
+    write(tmp_path, {"train/loss": dict.fromkeys(range(60), 1.0), "test/loss": {60: 1.0}})
+    (run,) = read_runs([str(tmp_path)])
+    assert (run.steps, run.seconds) == (60, 59.0)

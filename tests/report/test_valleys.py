@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from lightning_namo.report.advice import advice
 from lightning_namo.report.runs import Run
 from lightning_namo.report.valleys import valleys, valleys_section
 from tests.report.logged import curve, logged_run, optimizer
@@ -69,8 +70,23 @@ def test_a_rate_at_which_a_run_diverged_is_not_the_best() -> None:
 def test_runs_that_go_on_are_not_compared_in_silence() -> None:
     runs = [run(1.0, 0.1), run(2.0, 0.2), run(3.0, 0.3)]
     assert valleys_section(runs).lines == []
-    runs[1].curves["train/loss"] = curve({100: 1.0})
-    assert valleys_section(runs).lines[0].startswith("all runs: runs have from 3 to 101 steps")
+    runs[1].curves["val/loss"] = curve({100: 1.0})
+    assert valleys_section(runs).lines[0].startswith("all runs: the last losses are of 3 to 101 steps and cannot be")
+    assert advice(runs) == [], "none on losses that cannot be compared"
+
+
+def test_a_rate_without_a_loss_yet_is_said_and_is_no_edge() -> None:
+    runs = [run(3.0, 0.1), run(1.0, 0.2), run(2.0, 0.4)]
+    del runs[0].curves["val/loss"]
+    assert valleys_section(runs).lines == ["all runs: no val/loss yet at 0.1."]
+    assert advice(runs) == []
+    assert advice(runs[1:])[0].startswith("Learning rates, all runs: the best, 0.2, is the lowest that was tried.")
+
+
+def test_small_losses_keep_their_digits() -> None:
+    table = valleys_section([run(2.1e-5, 0.1), run(4.9e-5, 0.2)]).table
+    assert table is not None
+    assert [row[2] for row in table.rows] == ["2.1e-05", "4.9e-05"]
 
 
 def test_the_figure_has_a_line_for_each_sweep_on_a_logarithmic_axis() -> None:
