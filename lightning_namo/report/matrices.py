@@ -112,8 +112,8 @@ def layers_section(runs: Sequence[Run]) -> Section:
     if section.drawings:
         shown = f"the {len(with_maps)} runs with the lowest loss that logged them" if len(runs) > 1 else "the run"
         section.lines.append(
-            f"Heat maps are of {shown}. From above: matrices by what they do, then by depth. Cells are means over the steps of a "
-            "column."
+            f"Heat maps are of {shown}. From above: matrices by what they do, then by depth. Cells are means over the "
+            "steps of a column."
         )
         rows = [[run.name, *_newest_of_layers(run)] for run in runs]
         section.table = Table(["last median", *_LAYERS], rows)
