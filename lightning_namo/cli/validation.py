@@ -86,11 +86,11 @@ def check_config(config: str) -> None:
 
 
 def _scalar(node: Any, *keys: str) -> str | None:
-    """What stands at nested keys, if it is no mapping or list."""
+    """The text that stands at nested keys, if it is such."""
     for key in keys:
         pairs = node.value if isinstance(node, yaml.MappingNode) else ()
         node = next((value for name, value in pairs if name.value == key), None)
-    return node.value if isinstance(node, yaml.ScalarNode) else None
+    return node.value if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str" else None
 
 
 def _check_optimizer_name(name: str | None) -> None:
@@ -98,7 +98,7 @@ def _check_optimizer_name(name: str | None) -> None:
     if not name or os.path.exists(name):
         return
     module, _, short = name.rpartition(".")
-    found = {cls.__name__: cls for cls in _subclasses(Optimizer)}
+    found = {cls.__name__: cls for cls in (Optimizer, *_subclasses(Optimizer))}
     if module in ("lightning_namo", "torch.optim"):
         found = {key: cls for key, cls in found.items() if cls.__module__.startswith(module)}
     if short in found or module not in ("", "lightning_namo", "torch.optim"):
@@ -106,7 +106,7 @@ def _check_optimizer_name(name: str | None) -> None:
     lowered = {key.lower(): key for key in found}
     nearest = [lowered[key] for key in difflib.get_close_matches(short.lower(), lowered, n=3, cutoff=0.3)]
     raise ValueError(
-        f"Expected --optim.optimizer to be an optimizer. Got {name!r}, which does not exist"
+        f"Expected --optim.optimizer to be an optimizer. Got {name!r:.80}, which does not exist"
         f"{'. Nearest: ' + ', '.join(nearest) if nearest else ''}. Those of your own are named by their module, as "
         "my_package.MyOptimizer."
     )
