@@ -98,7 +98,7 @@ def _check_optimizer_name(name: str | None) -> None:
     if not name or os.path.exists(name):
         return
     module, _, short = name.rpartition(".")
-    found = {cls.__name__: cls for cls in (Optimizer, *_subclasses(Optimizer))}
+    found: dict[str, type[Any]] = {cls.__name__: cls for cls in _subclasses(Optimizer)} | {"Optimizer": Optimizer}
     if module in ("lightning_namo", "torch.optim"):
         found = {key: cls for key, cls in found.items() if cls.__module__.startswith(module)}
     if short in found or module not in ("", "lightning_namo", "torch.optim"):
