@@ -146,8 +146,11 @@ class RunSummary(Callback):
         device = pl_module.device
         prompt = "My fellow Americans" if self.prompt is None and data.embedded else self.prompt
         if prompt is None:
-            inputs, _ = next(iter(data.val_dataloader()))
-            ids = trainer.strategy.broadcast(inputs[0, :_PROMPT].tolist())  # ranks begin in other places
+            batch = next(iter(data.val_dataloader()), None)  # a rank may have no share of a small validation set
+            begin = [] if batch is None else batch[0][0, :_PROMPT].tolist()
+            ids = trainer.strategy.broadcast(begin)  # the first rank's: all need the same
+            if not ids:
+                return None
         else:
             ids = tokenizer.encode(prompt).ids
         idx = torch.tensor([ids], device=device)

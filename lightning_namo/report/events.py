@@ -54,7 +54,7 @@ class EventFile:
 
 
 def read_event_file(path: Path) -> EventFile:
-    """Read the scalars of a file up to its end, or up to what is no record.
+    """Read the scalars of a file up to its end, or up to the first bytes that are not a record.
 
     The checksum of a record is not tested, only that of its length: that finds bytes that are missing or are no
     event file, and not a number that changed.

@@ -77,3 +77,18 @@ def test_the_sample_begins_as_the_text_of_one_s_own_does(tmp_path: Path, capsys:
     begin = data.tokenizer.decode(data.val_windows[[0]][0][0, :6].tolist())
     assert begin.strip() in "the cat sat on the mat. " * 2
     assert begin.strip() in capsys.readouterr().out
+
+
+def test_a_rank_without_a_share_of_the_validation_writes_no_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader is made empty by hand: a rank alone always has a share."""
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
+    meta = prepare([str(tmp_path / "text.txt")], str(tmp_path), vocab_size=257)
+    data = TextDataModule(str(tmp_path), BLOCK, BATCH)
+    monkeypatch.setattr(data, "val_dataloader", lambda: [])
+    trainer = tiny_trainer(tmp_path, RunSummary(sample_tokens=1), max_steps=1, limit_val_batches=0)
+    trainer.fit(TinyGPT2(vocab_size=meta["vocab_size"]), data)
+    printed = capsys.readouterr().out
+    assert "Steps" in printed
+    assert "Sample" not in printed
