@@ -79,12 +79,12 @@ def test_the_job_array_has_a_line_for_each_run(tmp_path):
         assert "--ckpt_path=last" in line
 
 
-@pytest.mark.parametrize("size", ["small", "medium"])
-def test_the_published_grids_are_there(size, monkeypatch):
+@pytest.mark.parametrize(("size", "numbers"), [("small", [5, 5, 5, 20]), ("medium", [5, 5, 5, 20]), ("large", [5, 6, 6, 24])])
+def test_the_published_grids_are_there(size, numbers, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = sweep(f"configs/sweeps/{size}.yaml", print_jobs=True).splitlines()
-    counts = {name: sum(f"--config=optim/{name} " in line for line in lines) for name in ("adamw", "namo", "namo_d")}
-    assert counts == {"adamw": 5, "namo": 5, "namo_d": 20}
+    names = ("adamw", "muon", "namo", "namo_d")
+    assert [sum(f"--config=optim/{name} " in line for line in lines) for name in names] == numbers
     assert all(f"--config=gpt2_{size} " in line for line in lines)
 
 
