@@ -191,7 +191,7 @@ def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[float]
     except BrokenProcessPool as error:
         raise RuntimeError(
             "Expected all processes to finish. One of them was killed, perhaps for lack of memory: the same command"
-            " goes on with the finished parts; a smaller --num_proc needs less memory."
+            " goes on with what is finished; a smaller --num_proc needs less memory."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
