@@ -91,7 +91,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"Expected YAML in {path}. Got: {error}") from error
     if not isinstance(description, dict) or not {"base", "out_dir", "grids"} <= set(description) <= KEYS:
         got = sorted(map(str, description)) if isinstance(description, dict) else description
-        raise ValueError(f"Expected base, out_dir, grids and, if need be, metric in {path}. Got {got}.")
+        raise ValueError(f"Expected base, out_dir, grids and, optionally, metric in {path}. Got {got}.")
     for grid in description["grids"]:
         values = grid.get("values") if isinstance(grid, dict) else None
         if not isinstance(values, dict) or not all(isinstance(v, list) and v for v in values.values()):

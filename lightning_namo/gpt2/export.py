@@ -57,7 +57,7 @@ def export(
     source, target = find_checkpoint(Path(ckpt_path)), Path(out_dir)
     check_output(target, overwrite)
     if target.exists() and not _is_export(target):
-        raise ValueError(f"Expected to overwrite the folder of an earlier export. Got {target}, which is none.")
+        raise ValueError(f"Expected to overwrite the folder of an earlier export. Got {target}, which is not one.")
     network = load_network(source)
     vocabulary = find_vocabulary(source, network.config.vocab_size, data_dir, vocab_size)
     with progress_bar("Exporting", "step", total=2) as bar, replacing(target) as temporary:

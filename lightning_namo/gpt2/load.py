@@ -132,7 +132,7 @@ def find_vocabulary(
         raise ValueError(f"Expected vocab_size to be that of the tokenizer, {size}. Got {vocab_size}.")
     if size > network_size:
         raise ValueError(
-            f"Expected a vocabulary of at most {network_size} tokens, as the network has. Got {size}: another run's."
+            f"Expected a vocabulary of at most {network_size} tokens, as the network has. Got {size}, of another run."
         )
     return Vocabulary(size, tokenizer)
 

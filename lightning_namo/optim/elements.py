@@ -174,7 +174,7 @@ class Elements:
         return result
 
     def __bool__(self) -> bool:
-        raise TypeError("Expected a decision that all ranks take alike, but elements are this rank's only, and many.")
+        raise TypeError("Expected a decision that all ranks take alike, but elements are this rank's part only.")
 
     def _name(self) -> str:
         """What they are, if that is not the rule's own."""

@@ -115,7 +115,10 @@ class _Trial:
         while (request := self._next(answer)) is not None:
             answer = self._answer(request)
             if len(self.asked) > _MOST_REQUESTS:
-                raise ValueError(f"Expected the rule of {self.name} to end, but it asks for more and more.")
+                raise ValueError(
+                    f"Expected the rule of {self.name} to end, but it has asked for {len(self.asked)} sums and polar "
+                    "factors."
+                )
         if "polar" not in self.asked:
             raise ValueError(
                 f"Expected the rule of {self.name} to ask for a polar factor (O = yield Polar(x.advance(h))), but it "

@@ -54,8 +54,8 @@ def check_layouts(
         pickle.dumps(cls)
     except (AttributeError, pickle.PicklingError) as error:
         raise ValueError(
-            f"Expected a class that other processes can import, for processes={processes}, but {name} is none: "
-            f"{error}. Define it at the top of a module."
+            f"Expected a class that other processes can import, for processes={processes}, but {name} cannot "
+            f"be imported: {error}. Define it at the top of a module."
         ) from error
     expected = {kind.__name__: _train(cls, new_module(kind, torch.float64), kind) for kind in _kinds()}
     with tempfile.TemporaryDirectory() as folder:

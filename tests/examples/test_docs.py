@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import os
 import re
@@ -18,6 +17,7 @@ from torch import nn
 
 from lightning_namo.cli import main
 from tests.helpers.launch import free_port
+from tests.helpers.messages import EXEMPT, messages, pattern, quoted
 from tests.helpers.optimizers import randn
 from tests.helpers.paths import ROOT
 from tests.helpers.rules import NorMuon
@@ -141,12 +141,19 @@ def test_the_routing_page_counts_the_tables() -> None:
     assert int(count) == len(list((ROOT / "tests" / "data" / "routes").iterdir()))
 
 
-def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package() -> None:
+def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package_each_once() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8").partition("## Questions")[0]
-    sources = [path.read_text("utf-8") for path in (ROOT / "lightning_namo").rglob("*.py")]
-    strings = [node for source in sources for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)]
-    said = "\n".join(node.value for node in strings if isinstance(node.value, str))
-    messages = [text for line in re.findall(r"^- (`.*)", page, re.MULTILINE) for text in re.findall(r"`(.*?)`", line)]
-    parts = [part for message in messages for part in re.split(r",? ?\.\.\.,? ?", message) if part]
-    assert len(parts) > 30
-    assert [part for part in parts if part not in said] == []
+    quotes = [(quote, pattern(quote)) for quote in quoted(page)]
+    said = [message for message in messages() if (message.file, message.text) not in EXEMPT]
+    assert len(said) > 200
+    entries = [(message, [quote for quote, of in quotes if of.match(message.text)]) for message in said]
+    lacking = [f"{message}" for message, found in entries if not found]
+    assert not lacking, "without an entry on the page:\n" + "\n".join(lacking)
+    several = [f"{message}: {found}" for message, found in entries if len(found) > 1]
+    assert not several, "with several entries on the page:\n" + "\n".join(several)
+    unsaid = [quote for quote, of in quotes if not any(of.match(message.text) for message in said)]
+    assert not unsaid, "on the page, but not in the package:\n" + "\n".join(unsaid)
+
+
+def test_no_exemption_from_the_troubleshooting_page_is_out_of_date() -> None:
+    assert EXEMPT.keys() <= {(message.file, message.text) for message in messages()}

@@ -57,7 +57,7 @@ class Split:
             return [("val" if number in self.held_out else "train", text)]
         cut = len(text) - max(1, round(len(text) * self.alone))
         if cut == 0:
-            raise ValueError(f"Expected a text that can be divided. Got {text!r} as the only one.")
+            raise ValueError(f"Expected a document long enough to divide for validation. Got {text!r} as the only one.")
         return [("train", text[:cut]), ("val", text[cut:])]
 
 

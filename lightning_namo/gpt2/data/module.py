@@ -86,7 +86,7 @@ class TextDataModule(LightningDataModule):
         """The tokenizer of the token files, with `encode(text).ids` and `decode(ids)`."""
         path = self.folder / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(f"Expected {path}. Got token files without their tokenizer.")
+            raise ValueError(f"Expected {path}, with which the token files were made. Got none: copy it there.")
         return Tokenizer.from_file(str(path))
 
     def prepare_data(self) -> None:

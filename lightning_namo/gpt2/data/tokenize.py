@@ -190,8 +190,8 @@ def _in_processes(job: Job, parts: list[Part], num_proc: int) -> Iterator[float]
             yield sum(future.result() for future in done)  # also of none, so that the bar goes on with its time
     except BrokenProcessPool as error:
         raise RuntimeError(
-            "Expected the processes to last. One of them was killed, maybe for memory: the same command goes on with"
-            " what is finished; a smaller --num_proc takes less."
+            "Expected all processes to finish. One of them was killed, perhaps for lack of memory: the same command"
+            " goes on with what is finished; a smaller --num_proc needs less memory."
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
