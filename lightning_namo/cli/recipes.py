@@ -36,7 +36,7 @@ def recipes(name: str | None = None, out: str | None = None) -> str:
     source = Path(recipe(name))
     target = Path(out or source.name)
     if target.exists():
-        raise ValueError(f"Expected a file that is not there yet. Got {target}; give another with --out.")
+        raise ValueError(f"Expected the name of a new file. Got {target}; give another with --out.")
     shutil.copyfile(source, target)
     return str(target)
 

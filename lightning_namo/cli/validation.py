@@ -130,7 +130,9 @@ def check_sections(sections: Namespace) -> None:
     """
     for key in ("trainer", "optim", "model", "data"):
         if not isinstance(sections.get(key), Namespace):
-            raise ValueError(f"Expected options under {key}:. Got {sections.get(key)!r}.")
+            raise ValueError(
+                f"Expected options under {key}:. Got {sections.get(key)!r}: give it some, or leave it out."
+            )
     for key in ("optimizer", *ROUTING, "adopt_state"):
         if sections.optim.get(key) is None and key != "blocks":
             raise ValueError(f"Expected --optim.{key} to have a value. Got null.")

@@ -71,9 +71,8 @@ def _check(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
     if unknown := [name for name in weights if name not in expected]:
         raise ValueError(f"{wrong} with {unknown[0]} besides.")
     for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            shapes = f"{tuple(weights[name].shape)} and not {tuple(tensor.shape)}"
-            raise ValueError(f"{wrong} with {name} of shape {shapes}, as its hyperparameters say.")
+        if (shape := tuple(weights[name].shape)) != tuple(tensor.shape):
+            raise ValueError(f"{wrong} with {name} of shape {shape}; its hyperparameters say {tuple(tensor.shape)}.")
     if not torch.equal(weights[EMBEDDING], weights[HEAD]):
         raise ValueError(f"{wrong} with a head that is not tied to the embedding.")
 

@@ -110,8 +110,8 @@ class GPT2Module(ClipsGradients):
         assert mesh is not None
         if self.compile_blocks and self.activation_checkpointing and mesh["tensor_parallel"].size() > 1:
             raise ValueError(  # an assertion of torch 2.13: a DeviceMesh is among the saved tensors
-                "Expected compile or activation_checkpointing where tensor_parallel_size is above 1: torch cannot "
-                "combine them there. Got both."
+                "Expected compile or activation_checkpointing, not both, where tensor_parallel_size is above 1: torch "
+                "cannot combine them there. Got both."
             )
         bf16 = self.gather_bf16 and self.trainer.precision == "bf16-mixed"
         shard(self.model, mesh, replicas=self.replicas, bf16=bf16)

@@ -124,7 +124,7 @@ class GroupedOptimizer(Optimizer):
         if not waits and not any(group["orthogonalize"] and group["params"] for group in self.param_groups):
             raise ValueError(
                 f"Expected at least one matrix to orthogonalize but no parameter group of {type(self).__name__} has "
-                "one. Use torch.optim.AdamW, or see how split_parameters(module) routes the parameters."
+                "one. Use torch.optim.AdamW, or unfreeze layers, or name matrices in orthogonalize=..."
             )
 
     # ------------------------------------------------------------------ parameter groups
@@ -263,7 +263,9 @@ class GroupedOptimizer(Optimizer):
                 f"{_how_to_build(type(self).__name__)} Or put it into a group with orthogonalize=False (AdamW)."
             )
         if parameter.is_complex():
-            raise ValueError(f"Expected real matrices but {name} is {parameter.dtype}. Route it to AdamW (adamw=...).")
+            raise ValueError(
+                f"Expected real matrices but {name} is {parameter.dtype}. Put it into a group with orthogonalize=False."
+            )
         keys = {"transposed": group["transposed"], "blocks": group["blocks"]}
         layout = layout_of(shape, region, batched=group.get("batched", False), name=name, **keys)
         if isinstance(layout, BatchLayout) and not local_tensor(parameter).is_contiguous():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_namo.checkpoint.reading import first_few
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.groups import parameter_names
 from lightning_namo.optim.stack import MatrixParameter
@@ -53,9 +54,10 @@ def find_divided(
             dims = (dim for glob, dim in divided.items() if fnmatchcase(f".{clean_name(name)}", glob))
             found[parameter] = next(dims, None) if mesh.tensor > 1 else None
     if mesh.tensor > 1 and all(dim is None for dim in found.values()):
+        names = [name for group in optimizer.param_groups for name in parameter_names(group)]
         raise ValueError(
             f"Expected a model that {mesh.tensor} tensor-parallel ranks divide, by names like {', '.join(divided)}. "
-            "Got none of them. Take another layout, or estimate(..., divided={'glob': dimension}) in Python."
+            f"Got {first_few(names)}. Take another layout, or estimate(..., divided={'glob': dimension}) in Python."
         )
     return found
 

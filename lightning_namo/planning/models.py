@@ -193,7 +193,7 @@ def recipe_optimizer(module: nn.Module, callback: OptimizerCallback) -> Orthogon
     if not isinstance(optimizer, OrthogonalizedOptimizer):
         raise ValueError(
             f"Expected a subclass of OrthogonalizedOptimizer, as NAMO, whose work is shared out. Got "
-            f"{type(optimizer).__name__}."
+            f"{type(optimizer).__name__}. Name it: --optim.optimizer NAMO."
         )
     return optimizer
 

@@ -131,7 +131,9 @@ def set_blocks(candidates: list[Candidate], blocks: Blocks, known: Mapping[str, 
 
 def _by_head(asked: str, where: str) -> bool:
     if asked not in ("auto", "heads"):
-        raise ValueError(f"Expected {where} to be 'auto', 'heads', a number or rows. Got {asked!r}.")
+        raise ValueError(
+            f"Expected {where} to be 'auto', 'heads', a number of blocks, or the rows of each. Got {asked!r}."
+        )
     return asked == "heads"
 
 

@@ -173,7 +173,10 @@ def check_routing(given: Mapping[str, Any]) -> None:
         raise ValueError(f"Expected blocks to be 'auto', 'heads' or a mapping from globs to blocks. Got {blocks!r}.")
     for glob, asked in blocks.items() if isinstance(blocks, Mapping) else ():
         if isinstance(asked, bool) or not isinstance(asked, int | Sequence):
-            raise ValueError(f"Expected blocks of {glob!r} to be 'auto', 'heads', a number or rows. Got {asked!r}.")
+            raise ValueError(
+                f"Expected blocks of {glob!r} to be 'auto', 'heads', a number of blocks, or the rows of each. "
+                f"Got {asked!r}."
+            )
 
 
 def route_parameters(

@@ -96,7 +96,7 @@ def publish(
     check_order([in_order for *_, in_order in every])
     if len(bounds := {bound for _, _, (bound, _), _ in every}) > 1:
         raise ValueError(
-            f"Expected the same bucket_bytes on all ranks but got {sorted(bounds, key=str)}. Set it alike on all."
+            f"Expected the same bucket_bytes on all ranks but got {sorted(bounds, key=str)}. Set it alike on all ranks."
         )
     check_hyper_parameters([of_rank.hyper for of_rank in published])
     smallest = min(default for _, _, (_, default), _ in every)

@@ -92,7 +92,10 @@ class SpectralMonitor(pl.Callback):
         self.teardown(trainer, pl_module, "fit")
         arguments = self.every_n_steps, self.parameters, self.rank
         if (of_ranks := gather(arguments, "compare SpectralMonitor's arguments")) != [arguments] * len(of_ranks):
-            raise ValueError(f"Expected SpectralMonitor to have the same arguments on all ranks. Got {of_ranks}.")
+            raise ValueError(
+                f"Expected SpectralMonitor to have the same arguments on all ranks. Got {of_ranks}. Give all ranks "
+                "the same."
+            )
         optimizers = orthogonalized_optimizers(trainer)
         self._check_globs(optimizers, pl_module)
         if not optimizers or not trainer.loggers:

@@ -90,7 +90,7 @@ def test_one_is_copied_to_edit(tmp_path: Path, capsys: pytest.CaptureFixture[str
     main(["recipes", "optim/muon"])
     assert capsys.readouterr().out.strip() == "muon.yaml"
     assert (tmp_path / "muon.yaml").read_bytes() == (CONFIGS / "optim" / "muon.yaml").read_bytes()
-    assert "Expected a file that is not there yet. Got muon.yaml" in complaint(capsys, "recipes", "optim/muon")
+    assert "Expected the name of a new file. Got muon.yaml" in complaint(capsys, "recipes", "optim/muon")
     main(["recipes", "--name", "optim/muon", "--out", "mine.yaml"])
     assert (tmp_path / "mine.yaml").is_file()
     assert "Expected the name of the recipe to copy" in complaint(capsys, "recipes", "--out", "x.yaml")

@@ -79,7 +79,9 @@ def test_the_job_array_has_a_line_for_each_run(tmp_path):
         assert "--ckpt_path=last" in line
 
 
-@pytest.mark.parametrize(("size", "numbers"), [("small", [5, 5, 5, 20]), ("medium", [5, 5, 5, 20]), ("large", [5, 6, 6, 24])])
+@pytest.mark.parametrize(
+    ("size", "numbers"), [("small", [5, 5, 5, 20]), ("medium", [5, 5, 5, 20]), ("large", [5, 6, 6, 24])]
+)
 def test_the_published_grids_are_there(size, numbers, monkeypatch):
     monkeypatch.chdir(ROOT)
     lines = sweep(f"configs/sweeps/{size}.yaml", print_jobs=True).splitlines()

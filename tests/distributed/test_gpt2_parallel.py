@@ -268,7 +268,7 @@ WRONG = {
     ),
     "Expected replicas to divide the 2 data-parallel ranks. Got 3.": (layer("hsdp"), "--model.replicas=3"),
     "Expected replicas of 1 without a ModelParallelStrategy. Got 2.": (layer("ddp"), "--model.replicas=2"),
-    "Expected compile or activation_checkpointing where tensor_parallel_size is above 1": (
+    "Expected compile or activation_checkpointing, not both, where tensor_parallel_size is above 1": (
         layer("fsdp2_tp"),
         COMPILE,
         CHECKPOINTING,

@@ -119,7 +119,10 @@ def test_a_name_without_the_shape_is_no_evidence() -> None:
 def test_words_for_blocks_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"Expected blocks to be 'auto', 'heads' or a mapping .* Got 'head'."):
         split_parameters(GPT(), blocks="head")
-    with pytest.raises(ValueError, match=r"Expected blocks of '\*.qkv.weight' to be 'auto', 'heads', a number or rows"):
+    with pytest.raises(
+        ValueError,
+        match=r"Expected blocks of '\*.qkv.weight' to be 'auto', 'heads', a number of blocks, or the rows of each",
+    ):
         split_parameters(GPT(), blocks={"*.qkv.weight": "qkv"})
     with pytest.raises(
         ValueError, match=r"Expected blocks='heads' to match .* of blocks.0.proj.weight \(8, 8\) no heads"
@@ -182,8 +185,8 @@ def test_a_configuration_without_one_number_of_heads_for_all_layers_is_no_error(
     ("routing", "message"),
     [
         ({"blocks": 3}, "Expected blocks to be 'auto', 'heads' or a mapping"),
-        ({"blocks": {"*": 3.0}}, "a number or rows. Got 3.0"),
-        ({"blocks": {"*": True}}, "a number or rows. Got True"),
+        ({"blocks": {"*": 3.0}}, "a number of blocks, or the rows of each. Got 3.0"),
+        ({"blocks": {"*": True}}, "a number of blocks, or the rows of each. Got True"),
         ({"adamw": 3}, "Expected adamw to be globs over parameter names. Got 3"),
         ({"heads": "matrices"}, "Expected heads to be 'adamw' or 'matrix'. Got 'matrices'"),
     ],

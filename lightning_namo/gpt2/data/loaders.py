@@ -187,10 +187,14 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: The state is of other data, another block_size or another seed.
         """
-        for name, ours in (("windows", self.order.windows), ("seed", self.order.seed)):
-            if state[name] != ours:
+        for key, ours, what in (
+            ("windows", self.order.windows, "windows of block_size tokens"),
+            ("seed", self.order.seed, "as seed"),
+        ):
+            if state[key] != ours:
                 raise ValueError(
-                    f"Expected the checkpoint's data, block_size and seed: {name} is {state[name]} there. Got {ours}."
+                    f"Expected the data, block_size and seed of the checkpoint, with {state[key]} {what}. Got {ours}. "
+                    "Give the same --data as then."
                 )
         self.position = state["epoch"] * self.order.windows + state["consumed"]
 

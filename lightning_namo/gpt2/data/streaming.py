@@ -112,8 +112,8 @@ class StreamingTextDataModule(TextDataModule):
         ranks = 1 if self.trainer is None else self.trainer.world_size
         if data_parallel(self.trainer)[0] != ranks:
             raise ValueError(
-                "Expected every rank to read batches of its own: litdata knows no others. Got tensor parallelism, "
-                "which TextDataModule serves."
+                "Expected every rank to read batches of its own, as litdata does. Got tensor parallelism, whose ranks "
+                "read the same: take TextDataModule."
             )
         try:
             blocks = litdata.StreamingDataset(
