@@ -26,7 +26,7 @@ FOLDERS = (
     "report",
     "cli",
 )
-SHARED = {"_moved", "atomic_io", "arguments", "progress", "workspace"}
+SHARED = {"_moved", "atomic_io", "arguments", "progress", "torch_versions", "workspace"}
 LIGHT = FOLDERS[:6]  # know torch only
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

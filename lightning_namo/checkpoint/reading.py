@@ -50,7 +50,8 @@ def read(
         if (saved_counts := [len(group["params"]) for group in theirs]) != counts:
             raise ValueError(
                 f"Expected parameter groups of {counts} parameters, as {cls} has, but the checkpoint's have "
-                f"{saved_counts}. It is of another model or routing. Nothing was loaded."
+                f"{saved_counts}. It is of another optimizer, model or routing; pass adopt_state=True to take over the "
+                "momentum of torch.optim.AdamW or another optimizer. Nothing was loaded."
             )
         ids = [i for group in theirs for i in group["params"]]
         ordered = list(theirs)

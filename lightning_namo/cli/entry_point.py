@@ -9,33 +9,15 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
-from jsonargparse import SUPPRESS, ArgumentParser, Namespace, auto_cli
+from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_namo.cli.commands import COMMANDS, LEADING, LEADING_LISTS, OF_RECIPES, PROGRAM
 from lightning_namo.cli.lightning_cli import NamoCLI
+from lightning_namo.cli.parsers import CommandParser, RecipeParser
 from lightning_namo.cli.recipes import by_name, recipe, with_files
 from lightning_namo.sharding.process_group import initialized, leave
-
-
-class RecipeParser(ArgumentParser):
-    """Takes configs of `fit`, of which it leaves out the options that only a run needs."""
-
-    ONLY_FOR_RUNS = ("seed_everything", "ckpt_path", "weights_only")
-
-    def __init__(self, *args: Any, prog: str | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, prog=prog, **kwargs)
-        for key in self.ONLY_FOR_RUNS if prog else ():  # the parsers of the classes in a config have none
-            self.add_argument(f"--{key}", type=Any, help=SUPPRESS)
-
-    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse as usual."""
-        parsed = super().parse_args(*args, **kwargs)
-        for key in self.ONLY_FOR_RUNS:
-            parsed.pop(key, None)
-        return parsed
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> None:
         name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default=None)
         if name is not None:
             options = arguments[len(name.split()) :]
+            leading = LEADING.get(name, LEADING_LISTS.get(name))
             if name in LEADING and options and not options[0].startswith("-"):
                 is_recipe = name in OF_RECIPES and (options[0].endswith((".yaml", ".yml")) or options[0] in by_name())
                 options = [
@@ -68,7 +51,8 @@ def main(args: Sequence[str] | None = None) -> None:
                 args=options,
                 as_positional=False,
                 prog=f"{PROGRAM} {name}",
-                parser_class=RecipeParser if name in OF_RECIPES else ArgumentParser,
+                usage=f"{PROGRAM} {name} {f'[{leading.upper()}] ' if leading else ''}[--OPTION VALUE]",
+                parser_class=RecipeParser if name in OF_RECIPES else CommandParser,
             )
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
         else:

@@ -16,10 +16,12 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 import lightning_namo
 from lightning_namo.cli.commands import COMMANDS, PROGRAM
+from lightning_namo.cli.parsers import RunParser
 from lightning_namo.cli.validation import (
     check_checkpoint,
     check_config,
     check_data,
+    check_is_described,
     check_optimizer,
     check_port,
     check_routing,
@@ -100,6 +102,7 @@ class NamoCLI(LightningCLI):
             subclass_mode_data=True,
             args=args,
             auto_configure_optimizers=False,
+            parser_class=RunParser,
         )
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -124,6 +127,8 @@ class NamoCLI(LightningCLI):
             sections = self.config[self.config.subcommand]
             check_sections(sections)
             check_checkpoint(sections.get("ckpt_path"))
+            if self.config.subcommand == "fit":
+                check_is_described(sections)
         except (OverflowError, RecursionError, ValueError) as error:
             parser.error(str(error))
         _follow_data(sections.model, sections.data)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parents[1]
@@ -31,14 +31,28 @@ def recipes(name: str | None = None, out: str | None = None) -> str:
     if name is None:
         if out is not None:
             raise ValueError(f"Expected the name of the recipe to copy to {out}. Got none: {', '.join(found)}.")
-        width = max(map(len, found))
-        return "\n".join(f"{name:{width}}  {_sentence(path)}" for name, path in found.items())
+        return "\n".join(_listed(found))
     source = Path(recipe(name))
     target = Path(out or source.name)
     if target.exists():
         raise ValueError(f"Expected the name of a new file. Got {target}; give another with --out.")
     shutil.copyfile(source, target)
     return str(target)
+
+
+def _listed(found: Mapping[str, Path]) -> Iterator[str]:
+    """Recipes, sweeps and layers, each kind under the command that it is for."""
+    kinds = {
+        "Recipes: lightning-namo fit --config NAME": [name for name in found if "/" not in name],
+        "Layers, over a recipe: lightning-namo fit --config quickstart --config NAME": [
+            name for name in found if "/" in name and not name.startswith("sweeps/")
+        ],
+        "Sweeps: lightning-namo sweep NAME": [name for name in found if name.startswith("sweeps/")],
+    }
+    width = max(map(len, found))
+    for title, names in kinds.items():
+        yield title
+        yield from (f"  {name:{width}}  {_sentence(found[name])}" for name in names)
 
 
 def by_name() -> dict[str, Path]:

@@ -53,7 +53,11 @@ def _named(path: str) -> Callable[..., nn.Module]:
     """The class or function of that path; one of transformers made from the arguments of its configuration."""
     found: Any = pydoc.locate(path)
     if not callable(found):
-        raise ValueError(f"Expected a config (YAML), a module's class or a function that makes one. Got {path!r}.")
+        reason = "which cannot be imported" if found is None else f"which is a {type(found).__name__}"
+        raise ValueError(
+            f"Expected a config (YAML), a module's class or a function that makes one. Got {path!r}, {reason}. "
+            "Modules are looked for in the current folder, too."
+        )
     configuration = getattr(found, "config_class", None)
     if configuration is None:
         return found  # type: ignore[no-any-return]

@@ -93,6 +93,25 @@ def _scalar(node: Any, *keys: str) -> str | None:
     return node.value if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:str" else None
 
 
+def check_is_described(sections: Namespace) -> None:
+    """Refuse to train what nobody asked for: a GPT-2 and a text with all of their defaults, and no end.
+
+    Raises:
+        ValueError: With what to name.
+    """
+    defaults = {"model": GPT2Module, "data": TextDataModule}
+    described = False
+    for key, cls in defaults.items():
+        options = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+        described |= pydoc.locate(sections[key].class_path) is not cls or sections[key].init_args.as_dict() != options
+    limits = ("max_steps", "max_epochs", "max_time", "fast_dev_run")
+    if not described and not any(sections.trainer.get(key) not in (None, False, -1) for key in limits):
+        raise ValueError(
+            "Expected a recipe or a model to train, as --config quickstart or --model my_package.MyModule. Got "
+            "neither: `lightning-namo recipes` lists what can be run, and the layers to put over it."
+        )
+
+
 def _check_optimizer_name(name: str | None) -> None:
     """Refuse a name of ours or of torch.optim, or a short one, that is no optimizer's."""
     if not name or os.path.exists(name):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
@@ -65,16 +66,25 @@ def build_optimizer(
             under DeepSpeed.
     """
     given = locals()
-    check_callable("build_optimizer", cls)
+    check_callable("build_optimizer", cls, hyper)
     check_strategy(module)
     groups = split_parameters(module, **{key: given[key] for key in ROUTING})
     return make_optimizer(groups, functools.partial(cls, **hyper), adopt_state)
 
 
-def check_callable(function: str, cls: object) -> None:
-    """Raise a TypeError for what cannot make an optimizer."""
+def check_callable(function: str, cls: object, hyper: Collection[str] = ()) -> None:
+    """Raise a TypeError for what cannot make an optimizer, or takes no such arguments."""
     if not callable(cls):
         raise TypeError(f"{function}: expected an optimizer class, as NAMOD, but got {cls!r}.")
+    takes = inspect.signature(cls).parameters if hyper else {}
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
+        return
+    for key in hyper:
+        if key not in takes:
+            names = ", ".join(list(takes)[1:])
+            raise TypeError(
+                f"{function}: expected arguments of {getattr(cls, '__name__', cls)} but got {key}. It takes {names}."
+            )
 
 
 def check_strategy(module: nn.Module) -> None:

@@ -76,7 +76,8 @@ def optimize_with(
         ...     configure_optimizers = optimize_with(NAMOD, lr=0.009, clamp=0.1)
     """
     given = locals()
-    check_callable("optimize_with", cls)
+    check_callable("optimize_with", cls, hyper)
+    check_schedule("optimize_with", schedule)
     check_routing(given)
 
     def configure_optimizers(self: pl.LightningModule) -> OptimizerLRScheduler:
@@ -85,6 +86,15 @@ def optimize_with(
         return configured(self, groups, make_optimizer(groups, functools.partial(cls, **hyper), adopt_state), schedule)
 
     return configure_optimizers
+
+
+def check_schedule(function: str, schedule: object) -> None:
+    """Raise a TypeError for what makes no schedule."""
+    if schedule is not None and not callable(schedule):
+        raise TypeError(
+            f"{function}: expected schedule to be a WarmupStableDecay, or a function from the optimizer to a "
+            f"scheduler, but got {schedule!r}."
+        )
 
 
 def configured(

@@ -15,8 +15,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_namo.integration.build import check_strategy, make_optimizer
-from lightning_namo.integration.configure import configured, wrapped
+from lightning_namo.integration.build import check_callable, check_strategy, make_optimizer
+from lightning_namo.integration.configure import check_schedule, configured, wrapped
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 from lightning_namo.optim.namo import NAMO
 from lightning_namo.optim.schedules import WarmupStableDecay
@@ -81,6 +81,8 @@ class OptimizerCallback(pl.Callback):
         first_layers: Side = "adamw",
     ) -> None:
         super().__init__()
+        check_callable("OptimizerCallback", optimizer)
+        check_schedule("OptimizerCallback", schedule)
         self.optimizer = optimizer
         self.schedule = schedule
         self.adamw = adamw

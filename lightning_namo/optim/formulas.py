@@ -51,7 +51,7 @@ def direction(grad: Tensor, buffer: Tensor, *, momentum: float, nesterov: bool, 
         grad: Gradient G, any shape.
         buffer: Momentum M before this step, of the same shape and dtype.
         momentum: Decay mu of the average, in [0, 1).
-        nesterov: Whether to look ahead (official code) or not (the paper's box).
+        nesterov: Whether to look ahead (official code) or not (the paper's algorithm).
         out: Where to write N.
     """
     return torch.lerp(buffer, grad, gradient_weight(momentum, nesterov), out=out)
@@ -143,7 +143,7 @@ def rms_factor(shape: tuple[int, int], shape_scale: float | None) -> float:
 
 
 def capped(step_size: Tensor, max_step: float | None) -> Tensor:
-    """``min(a, max_step)``; None: no cap (the paper's box)."""
+    """``min(a, max_step)``; None: no cap (the paper's algorithm)."""
     return step_size if max_step is None else step_size.clamp(max=max_step)
 
 

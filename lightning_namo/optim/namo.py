@@ -78,7 +78,8 @@ class NAMO(_AdaptiveScale):
         a  = lr sqrt(1 - mu2^t) / (1 - mu1^t) ||N||_F / (sqrt(v) + eps)
         W <- W (1 - weight_decay min(a, max_step)) - min(a s, max_step) O,   s = shape_scale sqrt(max(m, n))
 
-    The defaults are the official code's; ``nesterov=False, shape_scale=None, max_step=None`` is the paper's box.
+    The defaults are the official code's; ``nesterov=False, shape_scale=None, max_step=None`` is the algorithm as the
+    paper prints it.
 
     Momentum comes before the polar factor, ``order="pre"``. The other orders, as `Muon`'s, are there to compare. Their
     adaptive number is ours, since the papers have none: "none" orthogonalizes G, and takes ``||G||_F`` for

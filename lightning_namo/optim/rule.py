@@ -206,6 +206,10 @@ class Matrices:
             decay: Likewise.
         """
         stack_, dtype, invalid = self._stack, self._stack.statistics_dtype, self._of_parameters(self._invalid)
+        if isinstance(direction, Polar | Sum):
+            raise TypeError(
+                "Expected the answer to a request but got the request. Yield it: O = yield Polar(x.advance(h))."
+            )
         if not isinstance(direction, Elements):
             raise TypeError(f"Expected apply to have elements as its direction but got {kind_of(direction)}.")
         size = self._number(step_size, "step_size").masked_fill(invalid, 0)

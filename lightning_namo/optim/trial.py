@@ -94,6 +94,8 @@ class _Trial:
         self, rule: RuleOf, kinds: Mapping[str, StateKind], parameter: MatrixParameter, count: int, part: int
     ) -> None:
         self.name = parameter.group.get("algorithm", "the optimizer")
+        self._owner = getattr(rule, "__self__", None)
+        self._before = dict(vars(self._owner)) if self._owner is not None else {}
         stack = _stack_like(kinds, parameter, count)
         grads = [torch.empty_like(member.tensor) for member in stack.parameters]
         self.x = Matrices(stack, stack.block_sets[part], grads, Workspace())
@@ -118,6 +120,13 @@ class _Trial:
                 raise ValueError(
                     f"Expected the rule of {self.name} to end, but it has asked for {len(self.asked)} sums and polar "
                     "factors."
+                )
+        for key, value in vars(self._owner).items() if self._owner is not None else ():
+            if value is not self._before.get(key) and isinstance(value, Elements | Tensor):
+                raise ValueError(
+                    f"Expected the rule of {self.name} to keep nothing on self, where stacks overwrite each other's "
+                    f"and no checkpoint finds it. Got self.{key}: declare it, state = {{'{key}': 'element'}}, and use "
+                    f"x.{key}."
                 )
         if "polar" not in self.asked:
             raise ValueError(

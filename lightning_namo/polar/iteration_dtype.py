@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from lightning_namo.torch_versions import cpu_multiplies_bfloat16
+
 ITERATION_DTYPE = "LIGHTNING_NAMO_ITERATION_DTYPE"
 """Environment variable that sets `iteration_dtype`: "bfloat16" or "float32"."""
 
@@ -44,7 +46,7 @@ def _fastest_dtype(device_type: str) -> torch.dtype:
     if device_type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device_type == "cpu":
-        fast = any(has for name, has in torch.cpu.get_capabilities().items() if name.endswith("bf16"))
+        fast = cpu_multiplies_bfloat16()
     else:
         fast = True
     return torch.bfloat16 if fast else torch.float32

@@ -124,6 +124,8 @@ def _noise_scales(run: Run) -> tuple[float, dict[str, Number]]:
 
 def _noisy(run: Run) -> str:
     batch, scales = _noise_scales(run)
+    if _swinging(run):
+        return ""  # a scale needs a signal
     noisy = sorted((m for m in scales if scales[m][0] > APART * batch), key=lambda m: -scales[m][0])
     bounds = {m: "at least " * (scales[m][1] != "value") for m in noisy}
     return _matrices(noisy, len(_signals(run)), {m: f"{bounds[m]}{scales[m][0]:,.0f}" for m in noisy}, batch)
@@ -158,8 +160,8 @@ _OF_MATRICES: dict[Callable[[Run], str], str] = {
     "steps that the momentum averages: measure it with GradientNoiseScale before you enlarge the batch.",
     _clear: "The noise scale is less than a fourth of the batch in {}. A large signal fraction is safe to act on: as "
     "far as these matrices go, smaller batches would do.",
-    _swinging: "The signal fraction is negative in {}: gradients of neighbouring steps oppose each other, steps "
-    "overshoot. A lower learning rate may suit; whether the batch is large enough this cannot tell.",
+    _swinging: "The signal fraction is negative in {}: gradients of neighbouring steps oppose each other. That "
+    "happens at good learning rates, too: compare runs with a lower one. Of the batch it says nothing.",
     _unlifted: "Newton-Schulz cannot lift more than 10% of the momentum's singular values in {}. Take more ns_steps, "
     "or ns_coefficients: polar_express.",
 }

@@ -237,7 +237,7 @@ class ReadingLog(pl.Callback):
             return (
                 f"in {swinging} of {count} matrices the gradients of neighbouring steps oppose each other: the signal "
                 f"swings faster than the momentum averages, and whether the batch of {batch:,.0f} is large enough its "
-                "averages cannot tell. A lower learning rate may suit; GradientNoiseScale measures the noise directly"
+                "averages cannot tell; GradientNoiseScale measures the noise directly"
             )
         rho, kind = median(sorted(rhos.values()))
         is_bound, scale = kind != "value", noise_scale(rho, batch) if rho > 0 else math.inf

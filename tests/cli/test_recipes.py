@@ -28,7 +28,10 @@ def printed(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, obje
 
 def test_every_file_has_a_name_and_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     main(["recipes"])
-    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr().out.splitlines()
+    titles = [line for line in printed if not line.startswith("  ")]
+    assert [title.partition(":")[0].partition(",")[0] for title in titles] == ["Recipes", "Layers", "Sweeps"]
+    lines = [line.split(maxsplit=1) for line in printed if line not in titles]
     assert {name for name, _ in lines} == {
         str(path.relative_to(CONFIGS).with_suffix("")) for path in CONFIGS.rglob("*.yaml")
     }

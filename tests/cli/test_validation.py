@@ -23,8 +23,14 @@ OURS = "--optim.optimizer=NAMOD"
             "Expected --optim.optimizer.clamp to be in (0, 1], or None or 0 for none. Got 2.0.",
         ),
         ([OURS, "--optim.optimizer.momentum=0.999"], "expected beta2 to be above momentum^2 = 0.998001"),
-        ([OURS, "--optim.optimizer.rate=1"], "Option 'rate' is not accepted"),
-        (["--optim.optimizer=NAMO", "--optim.optimizer.clamp=0.1"], "Option 'clamp' is not accepted"),
+        (
+            [OURS, "--optim.optimizer.clmp=1"],
+            "Expected an option of lightning_namo.NAMOD under optim.optimizer. Got clmp. Nearest: clamp.",
+        ),
+        (
+            ["--optim.optimizer=NAMO", "--optim.optimizer.clamp=0.1"],
+            "Expected an option of lightning_namo.NAMO under optim.optimizer. Got clamp.",
+        ),
         (
             ["--optim.optimizer=NAMI"],
             "Expected --optim.optimizer to be an optimizer. Got 'NAMI', which does not exist. Nearest: NAMO, NAMOD",
@@ -56,7 +62,7 @@ OURS = "--optim.optimizer=NAMOD"
         ),
         (['--config={"optim": {"optimiser": "NAMO"}}'], "optim.optimiser"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
-        (["--trainer.max_step=3"], "max_step"),
+        (["--trainer.max_step=3"], "unrecognized arguments: --trainer.max_step=3 Nearest: --trainer.max_steps, "),
         (["--trainer.accelerator=abacus"], "abacus"),
         (["--model.n_embd=0"], "Expected n_embd of at least 1. Got 0."),
         (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
@@ -87,3 +93,11 @@ def test_wrong_input_to_fit_is_one_clear_message(
 def test_loaders_of_a_module_do_not_give_way_to_the_recipes_text(capsys: pytest.CaptureFixture[str]) -> None:
     message = complaint(capsys, "fit", *QUIET, OWN[0], "--trainer.max_steps=1")
     assert message.startswith("Expected one source of training data, but Toy has a train_dataloader and --data is")
+
+
+@pytest.mark.parametrize("options", [[], ["--config", "optim/muon"]])
+def test_fit_trains_nothing_that_was_not_named(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(capsys, "fit", *options)
+    assert said.startswith(
+        "Expected a recipe or a model to train, as --config quickstart or --model my_package.MyModule."
+    )

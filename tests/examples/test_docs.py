@@ -8,13 +8,16 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
 from torch import nn
 
+from lightning_namo import NAMO, OptimizerCallback
 from lightning_namo.cli import main
 from tests.helpers.launch import free_port
 from tests.helpers.messages import EXEMPT, messages, pattern, quoted
@@ -58,6 +61,29 @@ def test_the_noise_scale_is_measured_as_the_page_says(capsys: pytest.CaptureFixt
     scale, fraction = (float(value) for value in re.findall(r"tensor\((.*?)\)", capsys.readouterr().out))
     assert scale > 0
     assert 0 < fraction < 1
+
+
+def test_the_learning_rates_of_the_optimizers_page_are_tried(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    class LitModel(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 1))
+
+        def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+            loss = self.net(batch[0]).square().mean()
+            self.log("train_loss", loss)
+            return loss
+
+    (snippet,) = snippets("optimizers.md")
+    quiet = f"default_root_dir={str(tmp_path)!r}, logger=False, enable_progress_bar=False, max_steps=3"
+    names = {"L": pl, "partial": partial, "NAMO": NAMO, "OptimizerCallback": OptimizerCallback, "LitModel": LitModel}
+    data = torch.utils.data.TensorDataset(torch.ones(8, 4))
+    exec(snippet.replace("max_steps=300", quiet), {**names, "loader": torch.utils.data.DataLoader(data)})
+    losses = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("0.")]
+    assert [float(lr) for lr, _ in losses] == [0.0015, 0.004, 0.012, 0.036, 0.1]
+    assert len({loss for _, loss in losses}) == 5
 
 
 def test_the_spectra_page_s_loop_prints_its_readings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from lightning_namo import NAMO, NAMOD, WarmupStableDecay, build_optimizer, optimize_with
+from lightning_namo import NAMO, NAMOD, OptimizerCallback, WarmupStableDecay, build_optimizer, optimize_with
 from tests.helpers.optimizers import OPTIMIZERS, all_optimizers
 from tests.helpers.rules import taken
 from tests.helpers.toy import (
@@ -27,10 +27,24 @@ from tests.helpers.toy import (
 )
 
 
-@pytest.mark.parametrize("make", [optimize_with, lambda cls: build_optimizer(nn.Linear(2, 2), cls)])
+@pytest.mark.parametrize("make", [optimize_with, OptimizerCallback, lambda cls: build_optimizer(nn.Linear(2, 2), cls)])
 def test_what_is_no_class_is_refused_at_once(make):
     with pytest.raises(TypeError, match="expected an optimizer class, as NAMOD, but got 'NAMOD'"):
         make("NAMOD")
+
+
+@pytest.mark.parametrize("make", [optimize_with, lambda cls, **hyper: build_optimizer(nn.Linear(2, 2), cls, **hyper)])
+def test_an_argument_that_the_optimizer_does_not_take_is_refused_at_once(make):
+    with pytest.raises(TypeError, match=r"expected arguments of NAMO but got clamp\. It takes lr, weight_decay, "):
+        make(NAMO, clamp=0.1)
+    make(partial(NAMO, lr=0.1), weight_decay=0.1)
+    make(lambda params, **hyper: NAMO(params, **hyper), eps=0.1)
+
+
+@pytest.mark.parametrize("make", [optimize_with, OptimizerCallback])
+def test_what_makes_no_schedule_is_refused_at_once(make):
+    with pytest.raises(TypeError, match=r"expected schedule to be a WarmupStableDecay, .* but got 'cosine'"):
+        make(NAMO, schedule="cosine")
 
 
 @pytest.mark.parametrize("when", ["before the first step", "after some steps"])

@@ -72,7 +72,7 @@ def test_what_several_runs_have_in_common_is_said_once_and_of_six_runs() -> None
     assert "and 3 more. That is noise" in words
 
 
-def test_negative_fractions_of_most_matrices_say_that_steps_overshoot() -> None:
+def test_negative_fractions_of_most_matrices_ask_for_a_comparison() -> None:
     scalars = {f"signal_fraction_negative/{matrix}": dict.fromkeys(STEPS, -0.1) for matrix in "ab"}
     known = noisy_run(c=0.5).curves
 
@@ -83,7 +83,7 @@ def test_negative_fractions_of_most_matrices_say_that_steps_overshoot() -> None:
 
     (words,) = advice([with_known(2)])
     assert words.startswith("The signal fraction is negative in run (2 of 3 matrices): ")
-    assert "A lower learning rate may suit" in words
+    assert "compare runs with a lower one" in words
     assert advice([with_known(1)]) == []
 
 

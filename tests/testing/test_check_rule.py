@@ -52,6 +52,19 @@ class CountsOnSelf(Base):
         x.apply(O, h.lr / self.steps)
 
 
+class KeepsElementsOnSelf(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        O = yield Polar(x.advance(h))
+        self.last = getattr(self, "last", 0.0) * 0.5 + O
+        x.apply(self.last, h.lr)
+
+
+class ForgetsToYield(Base):
+    def rule(self, x: Any, h: Any) -> Any:
+        x.apply(Polar(x.advance(h)), h.lr)
+        yield Polar(x.momentum)
+
+
 class NormOfItsShard(Base):
     def rule(self, x: Any, h: Any) -> Any:
         O = yield Polar(x.advance(h))
@@ -250,6 +263,8 @@ class HoldsTheGradient(Base):
 MISTAKES = [
     (MeanOverTheStack, "not trained beside other matrices of its shape as alone. .* keepdim=True"),
     (CountsOnSelf, r"not trained (beside|that went on from its state dict).*(self|declares)"),
+    (KeepsElementsOnSelf, r"fails when it takes steps .*keep nothing on self.*Got self\.last: declare it"),
+    (ForgetsToYield, r"fails when it takes steps .*Yield it: O = yield Polar\(x\.advance\(h\)\)"),
     (NormOfItsShard, r"not trained in shards, .*may not mix them .*norms over a dimension"),
     (SumThatWasNotAskedFor, r"fails when it takes steps .*asked for before it is used .* yield Sum\(part\)"),
     (ReducesItsShard, r"fails when it takes steps .*keep the shape of the elements.* yield Sum\(x.square_sum"),
