@@ -85,6 +85,7 @@ class NamoCLI(LightningCLI):
             name: {"usage": f"{PROGRAM} {name} [--config FILE] [--OPTION VALUE]", "allow_abbrev": False}
             for name in self.subcommands()
         }
+        every = ",".join(dict.fromkeys([*subparsers, *(name.split()[0] for name in COMMANDS)]))
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -93,6 +94,7 @@ class NamoCLI(LightningCLI):
             trainer_defaults={"callbacks": SaveOnSigterm()},  # always there, whatever callbacks a config lists
             parser_kwargs={
                 "prog": PROGRAM,
+                "usage": f"{PROGRAM} {{{every}}} [--OPTION VALUE]",
                 "description": "Train with NAMO, NAMO-D, Muon, AdaMuon, a rule of your own or any optimizer of torch.",
                 "epilog": f"Commands without a Trainer: {commands}.",
                 "allow_abbrev": False,

@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_namo.cli.commands import COMMANDS
+
+_SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.*)\)")
 _OF_CLASS = re.compile(r"Option '([\w.]+)' is not accepted.*class_path='([\w.]+)'", re.DOTALL)
 
 
@@ -20,10 +23,15 @@ class _Suggesting(ArgumentParser):  # type: ignore[misc, unused-ignore]
         if message.startswith("unrecognized arguments: "):
             unknown = message.partition(": ")[2].split()[0].partition("=")[0]
             message += nearest(unknown, [option for option in self._option_string_actions if option.startswith("--")])
+        elif found := _SUBCOMMAND.match(message):
+            known = [*re.findall(r"\w+", found[2]), *(name.partition(" ")[0] for name in COMMANDS)]
+            super().error(f"Expected a command. Got {found[1]}.{nearest(found[1], known)}", ex)
         elif (found := _OF_CLASS.search(message)) and isinstance(cls := pydoc.locate(found[2]), type):
             known = [name for name in inspect.signature(cls).parameters if name != "params"]
             section = message.partition('"')[2].partition('"')[0]
-            message = f"Expected an option of {found[2]} under {section}. Got {found[1]}.{nearest(found[1], known)}"
+            super().error(
+                f"Expected an option of {found[2]} under {section}. Got {found[1]}.{nearest(found[1], known)}", ex
+            )
         super().error(message, ex)
 
 

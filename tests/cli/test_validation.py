@@ -101,3 +101,7 @@ def test_fit_trains_nothing_that_was_not_named(options: list[str], capsys: pytes
     assert said.startswith(
         "Expected a recipe or a model to train, as --config quickstart or --model my_package.MyModule."
     )
+
+
+def test_a_misspelt_command_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaint(capsys, "repor") == "Expected a command. Got repor. Nearest: report, export, prepare.\n"

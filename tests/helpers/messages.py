@@ -23,6 +23,7 @@ EXEMPT = {
     ("gpt2/data/encoding.py", "another file"): "caught; 'Expected ... with SHA-256 ...' follows",
     ("cli/lightning_cli.py", GAP): "an error of `check_config`, as the type that jsonargparse reports",
     ("cli/entry_point.py", f"{GAP}: error: {GAP}"): "the words of an error on the command line",
+    ("cli/parsers.py", GAP): "jsonargparse's words",
     ("cli/sweep.py", GAP): "a progress bar",
     ("cli/sweep.py", f"sweep: run {GAP}, {GAP}"): "progress",
     ("integration/preemption.py", GAP * 2): "an exit status",
@@ -58,7 +59,7 @@ class _Module:
             to_stderr = name == "print" and any(ast.unparse(key.value) == "sys.stderr" for key in node.keywords)
             if name == "self._expect":  # of check_rule: (condition, what), after the name of the rule
                 yield Message(self.name, node.lineno, f"{GAP}: {self.text(node.args[1])}")
-            elif name.endswith(ERRORS + WARNINGS) or to_stderr:
+            elif name.endswith(ERRORS + WARNINGS) or name == "super().error" or to_stderr:
                 yield Message(self.name, node.lineno, self.text(node.args[0]))
         for child in ast.iter_child_nodes(node):
             yield from self.messages(child)
