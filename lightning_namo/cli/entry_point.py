@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -37,7 +38,6 @@ def main(args: Sequence[str] | None = None) -> None:
         name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default=None)
         if name is not None:
             options = arguments[len(name.split()) :]
-            leading = LEADING.get(name, LEADING_LISTS.get(name))
             if name in LEADING and options and not options[0].startswith("-"):
                 is_recipe = name in OF_RECIPES and (options[0].endswith((".yaml", ".yml")) or options[0] in by_name())
                 options = [
@@ -51,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 args=options,
                 as_positional=False,
                 prog=f"{PROGRAM} {name}",
-                usage=f"{PROGRAM} {name} {f'[{leading.upper()}] ' if leading else ''}[--OPTION VALUE]",
+                usage=f"{PROGRAM} {name} {_leading(name)}[--OPTION VALUE]",
                 parser_class=RecipeParser if name in OF_RECIPES else CommandParser,
             )
             print(result if isinstance(result, str) else json.dumps(result, indent=2))
@@ -67,6 +67,16 @@ def main(args: Sequence[str] | None = None) -> None:
     finally:
         if not theirs:
             leave(failed)
+
+
+def _leading(name: str) -> str:
+    """What stands right after a command, in its usage."""
+    key = LEADING.get(name) or LEADING_LISTS.get(name)
+    if key is None:
+        return ""
+    word = key.upper() + " ..." * (name in LEADING_LISTS)
+    required = inspect.signature(COMMANDS[name]).parameters[key].default is inspect.Parameter.empty
+    return f"{word} " if required else f"[{word}] "
 
 
 def _complaint(error: BaseException) -> str | None:

@@ -85,7 +85,6 @@ class NamoCLI(LightningCLI):
             name: {"usage": f"{PROGRAM} {name} [--config FILE] [--OPTION VALUE]", "allow_abbrev": False}
             for name in self.subcommands()
         }
-        every = ",".join(dict.fromkeys([*subparsers, *(name.split()[0] for name in COMMANDS)]))
         super().__init__(
             LightningModule,
             LightningDataModule,
@@ -94,7 +93,6 @@ class NamoCLI(LightningCLI):
             trainer_defaults={"callbacks": SaveOnSigterm()},  # always there, whatever callbacks a config lists
             parser_kwargs={
                 "prog": PROGRAM,
-                "usage": f"{PROGRAM} {{{every}}} [--OPTION VALUE]",
                 "description": "Train with NAMO, NAMO-D, Muon, AdaMuon, a rule of your own or any optimizer of torch.",
                 "epilog": f"Commands without a Trainer: {commands}.",
                 "allow_abbrev": False,
@@ -106,6 +104,12 @@ class NamoCLI(LightningCLI):
             auto_configure_optimizers=False,
             parser_class=RunParser,
         )
+
+    def setup_parser(self, *args: Any) -> None:
+        """Make the parsers; the usage has the commands without a Trainer, too."""
+        super().setup_parser(*args)
+        names = dict.fromkeys([*self.subcommands(), *(name.split()[0] for name in COMMANDS)])
+        self.parser.usage = f"{PROGRAM} {{{','.join(names)}}} [--OPTION VALUE]"
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Make a parser without ``--config``, which only the subcommands have."""

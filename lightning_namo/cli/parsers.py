@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import pydoc
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
@@ -14,24 +16,32 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning_namo.cli.commands import COMMANDS
 
 _SUBCOMMAND = re.compile(r"argument subcommand: invalid choice: '(.*?)' \(choose from (.*)\)")
-_OF_CLASS = re.compile(r"Option '([\w.]+)' is not accepted.*class_path='([\w.]+)'", re.DOTALL)
+_OF_CLASS = (  # how jsonargparse words it, in which order option and class stand
+    re.compile(r"Problem with given class_path '(?P<path>[\w.]+)':\s+Option '(?P<option>[\w.]+)' is not accepted"),
+    re.compile(r"Option '(?P<option>[\w.]+)' is not accepted.*class_path='(?P<path>[\w.]+)'", re.DOTALL),
+)
+_KEY = re.compile(r'Parser key "([\w.]+)"')
+_OURS = re.compile(r"Expected an option of .*? under (.*)")
 
 
 class _Suggesting(ArgumentParser):  # type: ignore[misc, unused-ignore]
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with the message, in words of ours where an option is unknown."""
+        key = found[1] if (found := _KEY.match(message)) else ""
         if message.startswith("unrecognized arguments: "):
             unknown = message.partition(": ")[2].split()[0].partition("=")[0]
-            message += nearest(unknown, [option for option in self._option_string_actions if option.startswith("--")])
+            message += "." + _nearest_option(
+                unknown, [name for name in self._option_string_actions if name[:2] == "--"]
+            )
         elif found := _SUBCOMMAND.match(message):
             known = [*re.findall(r"\w+", found[2]), *(name.partition(" ")[0] for name in COMMANDS)]
             super().error(f"Expected a command. Got {found[1]}.{nearest(found[1], known)}", ex)
-        elif (found := _OF_CLASS.search(message)) and isinstance(cls := pydoc.locate(found[2]), type):
-            known = [name for name in inspect.signature(cls).parameters if name != "params"]
-            section = message.partition('"')[2].partition('"')[0]
-            super().error(
-                f"Expected an option of {found[2]} under {section}. Got {found[1]}.{nearest(found[1], known)}", ex
-            )
+        elif found := _OURS.search(message):  # of a parser within: a section of a section
+            super().error(found[0].replace(" under ", f" under {key}.", 1), ex)
+        elif found := next(filter(None, (form.search(message) for form in _OF_CLASS)), None):
+            path, option = found["path"], found["option"]
+            if (names := _arguments(pydoc.locate(path))) is not None:
+                super().error(f"Expected an option of {path} under {key}. Got {option}.{nearest(option, names)}", ex)
         super().error(message, ex)
 
 
@@ -61,7 +71,25 @@ class RecipeParser(CommandParser):
         return parsed
 
 
-def nearest(name: str, known: list[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
     """A sentence with the names that are nearest to one; nothing where none is near."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=3, cutoff=0.6)
     return f" Nearest: {', '.join(close)}." if close else ""
+
+
+def _nearest_option(unknown: str, options: Sequence[str]) -> str:
+    """Those of the same section; a long common beginning would make all options of it near."""
+    section, dot, name = unknown.rpartition(".")
+    inside = {option.rpartition(".")[2]: option for option in options if option.rpartition(".")[0] == section}
+    close = difflib.get_close_matches(name, inside, n=3, cutoff=0.6)
+    return f" Nearest: {', '.join(inside[each] for each in close)}." if close else nearest(unknown, options)
+
+
+def _arguments(cls: Any) -> list[str] | None:
+    """The named arguments of a class, beside an optimizer's params; None of what is not a class."""
+    if not isinstance(cls, type):
+        return None
+    with contextlib.suppress(ValueError):
+        named = inspect.signature(cls).parameters.values()
+        return [p.name for p in named if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and p.name != "params"]
+    return []

@@ -44,7 +44,7 @@ def _listed(found: Mapping[str, Path]) -> Iterator[str]:
     """Recipes, sweeps and layers, each kind under the command that it is for."""
     kinds = {
         "Recipes: lightning-namo fit --config NAME": [name for name in found if "/" not in name],
-        "Layers, over a recipe: lightning-namo fit --config quickstart --config NAME": [
+        "Layers, over a recipe: lightning-namo fit --config RECIPE --config NAME": [
             name for name in found if "/" in name and not name.startswith("sweeps/")
         ],
         "Sweeps: lightning-namo sweep NAME": [name for name in found if name.startswith("sweeps/")],

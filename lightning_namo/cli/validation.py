@@ -27,6 +27,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_namo.gpt2.data.module import TextDataModule
+from lightning_namo.gpt2.data.streaming import StreamingTextDataModule
+from lightning_namo.gpt2.model import GPT2Config
 from lightning_namo.gpt2.module import GPT2Module
 from lightning_namo.integration.build import make_optimizer
 from lightning_namo.integration.optimizer_callback import OptimizerCallback
@@ -94,21 +96,25 @@ def _scalar(node: Any, *keys: str) -> str | None:
 
 
 def check_is_described(sections: Namespace) -> None:
-    """Refuse to train what nobody asked for: a GPT-2 and a text with all of their defaults, and no end.
+    """Refuse to train what nobody asked for: a GPT-2 and a text with all of their defaults, without an end.
 
     Raises:
         ValueError: With what to name.
     """
-    defaults = {"model": GPT2Module, "data": TextDataModule}
-    described = False
-    for key, cls in defaults.items():
-        options = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
-        described |= pydoc.locate(sections[key].class_path) is not cls or sections[key].init_args.as_dict() != options
-    limits = ("max_steps", "max_epochs", "max_time", "fast_dev_run")
-    if not described and not any(sections.trainer.get(key) not in (None, False, -1) for key in limits):
+    model, data = sections.model, sections.data
+    sizes = {field.name: field.default for field in dataclasses.fields(GPT2Config)}
+    described = (
+        pydoc.locate(model.class_path) is not GPT2Module
+        or any(model.init_args[name] != default for name, default in sizes.items())
+        or pydoc.locate(data.class_path) not in (TextDataModule, StreamingTextDataModule)
+        or data.init_args.data_dir is not None
+    )
+    limits = [sections.trainer.get(key) for key in ("max_steps", "max_epochs", "max_time", "fast_dev_run")]
+    if not described and all(limit is None or limit is False or limit == -1 for limit in limits):
         raise ValueError(
-            "Expected a recipe or a model to train, as --config quickstart or --model my_package.MyModule. Got "
-            "neither: `lightning-namo recipes` lists what can be run, and the layers to put over it."
+            "Expected a recipe or a model to train, as --config quickstart or --model my_package.MyModule. Got a GPT-2 "
+            "and a text with all of their defaults, and no limit. `lightning-namo recipes` lists what can be run, and "
+            "the layers to put over it; --trainer.max_steps is a limit."
         )
 
 

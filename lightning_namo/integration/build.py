@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Collection, Sequence
@@ -76,15 +77,17 @@ def check_callable(function: str, cls: object, hyper: Collection[str] = ()) -> N
     """Raise a TypeError for what cannot make an optimizer, or takes no such arguments."""
     if not callable(cls):
         raise TypeError(f"{function}: expected an optimizer class, as NAMOD, but got {cls!r}.")
-    takes = inspect.signature(cls).parameters if hyper else {}
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in takes.values()):
+    try:
+        takes = inspect.signature(cls).parameters if hyper else {}
+    except ValueError:  # a callable without a signature
         return
-    for key in hyper:
-        if key not in takes:
-            names = ", ".join(list(takes)[1:])
-            raise TypeError(
-                f"{function}: expected arguments of {getattr(cls, '__name__', cls)} but got {key}. It takes {names}."
-            )
+    names = [name for name, parameter in takes.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
+    for key in hyper if len(names) == len(takes) else ():
+        if key not in names:
+            name = getattr(getattr(cls, "func", cls), "__name__", cls)
+            close = difflib.get_close_matches(key, [*names, *ROUTING], n=1)
+            advice = f"Nearest: {close[0]}" if close else f"It takes {', '.join(names[1:])}"
+            raise TypeError(f"{function}: expected arguments of {name} but got {key}. {advice}.")
 
 
 def check_strategy(module: nn.Module) -> None:

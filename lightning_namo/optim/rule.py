@@ -206,10 +206,7 @@ class Matrices:
             decay: Likewise.
         """
         stack_, dtype, invalid = self._stack, self._stack.statistics_dtype, self._of_parameters(self._invalid)
-        if isinstance(direction, Polar | Sum):
-            raise TypeError(
-                "Expected the answer to a request but got the request. Yield it: O = yield Polar(x.advance(h))."
-            )
+        _check_answer(direction)
         if not isinstance(direction, Elements):
             raise TypeError(f"Expected apply to have elements as its direction but got {kind_of(direction)}.")
         size = self._number(step_size, "step_size").masked_fill(invalid, 0)
@@ -336,6 +333,7 @@ class Matrices:
     def _number(self, value: Any, what: str) -> Tensor:
         """A number of the rule as (K, 1 or m, 1 or n)."""
         (m, n), K = self.shape, self._stack.count * len(self._blocks)
+        _check_answer(value)
         if isinstance(value, Elements | Part) or not isinstance(value, Tensor | float | int):
             raise TypeError(f"Expected {what} to have numbers of matrices, columns or rows but got {kind_of(value)}.")
         if not isinstance(value, Tensor):
@@ -451,3 +449,9 @@ class Matrices:
                     torch.where(valid, grad, momentum, out=out)
             self.__dict__["_masked"] = masked
         return masked
+
+
+def _check_answer(value: object) -> None:
+    if isinstance(value, Polar | Sum):
+        form = "O = yield Polar(x.advance(h))" if isinstance(value, Polar) else "(total,) = yield Sum(part)"
+        raise TypeError(f"Expected the answer to a request but got the request. Yield it: {form}.")

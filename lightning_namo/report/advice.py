@@ -133,6 +133,8 @@ def _noisy(run: Run) -> str:
 
 def _clear(run: Run) -> str:
     batch, scales = _noise_scales(run)
+    if _swinging(run):
+        return ""
     far = [m for m in scales if scales[m][0] < batch / APART and scales[m][1] == "value"]
     clear = sorted(far, key=lambda m: scales[m][0])
     return _matrices(clear, len(_signals(run)), {m: f"{scales[m][0]:,.2g}" for m in clear}, batch)

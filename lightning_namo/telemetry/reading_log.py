@@ -236,8 +236,8 @@ class ReadingLog(pl.Callback):
         if 2 * swinging > count:
             return (
                 f"in {swinging} of {count} matrices the gradients of neighbouring steps oppose each other: the signal "
-                f"swings faster than the momentum averages, and whether the batch of {batch:,.0f} is large enough its "
-                "averages cannot tell; GradientNoiseScale measures the noise directly"
+                f"swings faster than the momentum averages, so that the averages do not show whether the batch of "
+                f"{batch:,.0f} is large enough; GradientNoiseScale measures the noise directly"
             )
         rho, kind = median(sorted(rhos.values()))
         is_bound, scale = kind != "value", noise_scale(rho, batch) if rho > 0 else math.inf

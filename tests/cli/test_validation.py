@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
+from lightning_namo.cli import NamoCLI, main
 from tests.helpers.command_line import OWN, QUIET, SMALL, complaint
 from tests.helpers.paths import CONFIGS
 
@@ -47,7 +50,9 @@ OURS = "--optim.optimizer=NAMOD"
             "Expected warmup to be steps (a whole number) or a share in [0, 1] but got -1",
         ),
         (["--optim.schedule.warmup=1.5"], "a share in [0, 1] but got 1.5"),
-        (["--optim.schedule.warm=3"], "Option 'warm' is not accepted"),
+        (["--optim.schedule.warm=3"], "WarmupStableDecay under optim.schedule. Got warm. Nearest: warmup."),
+        (["--model.n_layr=3"], "GPT2Module under model. Got n_layr. Nearest: n_layer."),
+        (["--data.blok_size=3"], "TextDataModule under data. Got blok_size. Nearest: block_size, "),
         (["--optim.adamw=*.nothing"], "Expected '*.nothing' in adamw to match a parameter"),
         (
             ["--optim.schedule.warmup=9", "--trainer.max_steps=5", "--optim.schedule.decay=0.1"],
@@ -62,7 +67,7 @@ OURS = "--optim.optimizer=NAMOD"
         ),
         (['--config={"optim": {"optimiser": "NAMO"}}'], "optim.optimiser"),
         (["--config=nowhere.yaml"], "nowhere.yaml"),
-        (["--trainer.max_step=3"], "unrecognized arguments: --trainer.max_step=3 Nearest: --trainer.max_steps, "),
+        (["--trainer.max_step=3"], "unrecognized arguments: --trainer.max_step=3. Nearest: --trainer.max_steps, "),
         (["--trainer.accelerator=abacus"], "abacus"),
         (["--model.n_embd=0"], "Expected n_embd of at least 1. Got 0."),
         (["--model.n_head=5"], "Expected n_embd to be a multiple of n_head. Got 12 and 5."),
@@ -95,13 +100,48 @@ def test_loaders_of_a_module_do_not_give_way_to_the_recipes_text(capsys: pytest.
     assert message.startswith("Expected one source of training data, but Toy has a train_dataloader and --data is")
 
 
-@pytest.mark.parametrize("options", [[], ["--config", "optim/muon"]])
-def test_fit_trains_nothing_that_was_not_named(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    said = complaint(capsys, "fit", *options)
-    assert said.startswith(
-        "Expected a recipe or a model to train, as --config quickstart or --model my_package.MyModule."
-    )
+@pytest.mark.parametrize(
+    "layers",
+    [[], ["optim/muon"], ["scale/one_node", "optim/muon"], ["strategy/hsdp"], ["telemetry/spectra", "scale/laptop"]],
+)
+def test_fit_trains_nothing_that_was_not_named(layers: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    said = complaint(capsys, "fit", *(f"--config={layer}" for layer in layers))
+    assert said.startswith("Expected a recipe or a model to train, as --config quickstart or --model ")
 
 
-def test_a_misspelt_command_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    assert complaint(capsys, "repor") == "Expected a command. Got repor. Nearest: report, export, prepare.\n"
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--trainer.max_steps=0"],
+        ["--model.n_layer=2"],
+        ["--model", OWN],
+        ["--data.data_dir=x"],
+        ["--config=quickstart"],
+    ],
+)
+def test_fit_trains_what_was_named(options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NamoCLI, "instantiate_classes", lambda cli: sys.exit(0))
+    monkeypatch.setattr("lightning_namo.cli.lightning_cli._follow_data", lambda model, data: None)  # there is none
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *options])
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "nearest"), [("repor", "report, export, prepare"), ("prepar", "prepare"), ("fitt", "fit")]
+)
+def test_a_misspelt_command_is_told_the_nearest(command: str, nearest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert complaint(capsys, command) == f"Expected a command. Got {command}. Nearest: {nearest}.\n"
+
+
+def test_the_commands_without_a_trainer_are_told_the_nearest_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Nearest: --prompt." in complaint(capsys, "generate", "x.ckpt", "--promt=x")
+    said = complaint(capsys, "plan", "--ranks=2", "--config=quickstart", "--optim.optimizer.clmp=1")
+    assert said == "Expected an option of lightning_namo.NAMOD under optim.optimizer. Got clmp. Nearest: clamp.\n"
+
+
+def test_errors_end_with_a_tip_that_can_be_pasted(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("fit", "plan"):
+        with pytest.raises(SystemExit):
+            main([command, "--nothing=1"])
+        assert f"run: lightning-namo {command} --help" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 import lightning_namo
 from lightning_namo import NAMO, orthogonalize
 from lightning_namo.polar.iteration_dtype import ITERATION_DTYPE, _fastest_dtype, iteration_dtype
+from lightning_namo.torch_versions import cpu_multiplies_bfloat16
 from tests.helpers.iteration import iterating_in
 from tests.helpers.matrices import matrix
 
@@ -32,6 +33,13 @@ def test_a_cpu_iterates_in_bfloat16_where_it_has_the_instructions(monkeypatch, c
         assert torch.equal(orthogonalize(X), orthogonalize(X, dtype=expected))
     finally:
         _fastest_dtype.cache_clear()
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_torch_that_does_not_list_capabilities_is_asked_for_avx512_bf16(monkeypatch, has):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    assert cpu_multiplies_bfloat16() is has
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])

@@ -187,14 +187,11 @@ class TrainLoader(_Loader):
         Raises:
             ValueError: The state is of other data, another block_size or another seed.
         """
-        for key, ours, what in (
-            ("windows", self.order.windows, "windows of block_size tokens"),
-            ("seed", self.order.seed, "as seed"),
-        ):
+        for key, ours in (("windows", self.order.windows), ("seed", self.order.seed)):
             if state[key] != ours:
+                what = "number of windows (data, block_size)" if key == "windows" else "seed"
                 raise ValueError(
-                    f"Expected the data, block_size and seed of the checkpoint, with {state[key]} {what}. Got {ours}. "
-                    "Give the same --data as then."
+                    f"Expected the checkpoint's {what}, {state[key]}. Got {ours}. Give the same --data as in that run."
                 )
         self.position = state["epoch"] * self.order.windows + state["consumed"]
 
