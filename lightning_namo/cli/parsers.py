@@ -79,7 +79,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 def _nearest_option(unknown: str, options: Sequence[str]) -> str:
     """Those of the same section; a long common beginning would make all options of it near."""
-    section, dot, name = unknown.rpartition(".")
+    section, _, name = unknown.rpartition(".")
     inside = {option.rpartition(".")[2]: option for option in options if option.rpartition(".")[0] == section}
     close = difflib.get_close_matches(name, inside, n=3, cutoff=0.6)
     return f" Nearest: {', '.join(inside[each] for each in close)}." if close else nearest(unknown, options)

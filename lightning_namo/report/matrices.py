@@ -39,7 +39,8 @@ _LAYERS = {
 _LAYERS_SAY = {
     "step scale": "NAMO's adaptive number: 1 where gradients agree, 0.17 in noise; good are layers that are alike.",
     "signal fraction": "The share of a gradient that persists, from the optimizer's averages: a large one is safe to "
-    "act on, a small one is noise or a signal that turns. Grey: an upper bound. Violet: negative, gradients oppose each other.",
+    "act on, a small one is noise or a signal that turns. Grey: an upper bound. Violet: negative, "
+    "gradients oppose each other.",
     "noise scale (samples)": "The batch at which noise is as large as the signal, if what does not persist is noise; "
     "good is a batch of about this size. Grey: a lower bound. Empty: none, the signal fraction is negative.",
 }

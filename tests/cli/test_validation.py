@@ -114,7 +114,7 @@ def test_fit_trains_nothing_that_was_not_named(layers: list[str], capsys: pytest
     [
         ["--trainer.max_steps=0"],
         ["--model.n_layer=2"],
-        ["--model", OWN],
+        [*OWN],
         ["--data.data_dir=x"],
         ["--config=quickstart"],
     ],
@@ -128,7 +128,7 @@ def test_fit_trains_what_was_named(options: list[str], monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("command", "nearest"), [("repor", "report, export, prepare"), ("prepar", "prepare"), ("fitt", "fit")]
+    ("command", "nearest"), [("repor", "report, export, prepare"), ("prepar", "prepare, report"), ("fitt", "fit")]
 )
 def test_a_misspelt_command_is_told_the_nearest(command: str, nearest: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert complaint(capsys, command) == f"Expected a command. Got {command}. Nearest: {nearest}.\n"
