@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = iteration_dtype(device.type)
     print(f"{device.type}, {args.threads} thread(s), {dtype}, batches of {args.batch}; ms and TFLOP/s of one matrix")
     polynomials = newton_schulz_polynomials("quintic", 5)

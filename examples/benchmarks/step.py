@@ -82,7 +82,9 @@ def seconds(step: Callable[[], object]) -> float:
     step()
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
-    elapsed = torch.tensor([time.perf_counter() - begin], device=torch.accelerator.current_accelerator())
+    elapsed = torch.tensor(
+        [time.perf_counter() - begin], device=torch.accelerator.current_accelerator(check_available=True)
+    )
     if dist.is_initialized():
         dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
     return elapsed.item()

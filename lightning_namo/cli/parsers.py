@@ -40,7 +40,7 @@ class _Suggesting(ArgumentParser):  # type: ignore[misc, unused-ignore]
             super().error(found[0].replace(" under ", f" under {key}.", 1), ex)
         elif found := next(filter(None, (form.search(message) for form in _OF_CLASS)), None):
             path, option = found["path"], found["option"]
-            if (names := _arguments(pydoc.locate(path))) is not None:
+            if option != "class_path" and (names := _arguments(pydoc.locate(path))) is not None:
                 super().error(f"Expected an option of {path} under {key}. Got {option}.{nearest(option, names)}", ex)
         super().error(message, ex)
 

@@ -57,7 +57,7 @@ def find_divided(
         names = [name for group in optimizer.param_groups for name in parameter_names(group)]
         raise ValueError(
             f"Expected a model that {mesh.tensor} tensor-parallel ranks divide, by names like {', '.join(divided)}. "
-            f"Got {first_few(names)}. Take another layout, or estimate(..., divided={'glob': dimension}) in Python."
+            f"Got {first_few(names)}. Take another layout, or estimate(..., divided={{'glob': dimension}}) in Python."
         )
     return found
 

@@ -77,7 +77,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "another size": (
         lambda: contents(hyper_parameters={**contents()["hyper_parameters"], "block_size": 9}),
-        "with transformer.wpe.weight of shape (8, 8) and not (9, 8)",
+        "with transformer.wpe.weight of shape (8, 8); its hyperparameters say (9, 8).",
     ),
     "another head": (lambda: contents(state_dict=head_untied(contents())), "a head that is not tied"),
 }
