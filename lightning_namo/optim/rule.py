@@ -47,6 +47,9 @@ class Sum:
                 )
         self.parts = parts
 
+    def __repr__(self) -> str:
+        return "a request, not its answer: (total,) = yield Sum(part)"
+
 
 class Polar:
     """Asks for the polar factors of the matrices: ``O = yield Polar(x.advance(h))``, in the iteration's dtype.
@@ -62,6 +65,9 @@ class Polar:
         if not isinstance(direction, Elements):
             raise TypeError(f"Expected Polar to be asked for elements (x.advance(h)) but got {kind_of(direction)}.")
         self.direction = direction
+
+    def __repr__(self) -> str:
+        return "a request, not its answer: O = yield Polar(x.advance(h))"
 
 
 class Matrices:
@@ -206,7 +212,6 @@ class Matrices:
             decay: Likewise.
         """
         stack_, dtype, invalid = self._stack, self._stack.statistics_dtype, self._of_parameters(self._invalid)
-        _check_answer(direction)
         if not isinstance(direction, Elements):
             raise TypeError(f"Expected apply to have elements as its direction but got {kind_of(direction)}.")
         size = self._number(step_size, "step_size").masked_fill(invalid, 0)
@@ -333,7 +338,6 @@ class Matrices:
     def _number(self, value: Any, what: str) -> Tensor:
         """A number of the rule as (K, 1 or m, 1 or n)."""
         (m, n), K = self.shape, self._stack.count * len(self._blocks)
-        _check_answer(value)
         if isinstance(value, Elements | Part) or not isinstance(value, Tensor | float | int):
             raise TypeError(f"Expected {what} to have numbers of matrices, columns or rows but got {kind_of(value)}.")
         if not isinstance(value, Tensor):
@@ -449,9 +453,3 @@ class Matrices:
                     torch.where(valid, grad, momentum, out=out)
             self.__dict__["_masked"] = masked
         return masked
-
-
-def _check_answer(value: object) -> None:
-    if isinstance(value, Polar | Sum):
-        form = "O = yield Polar(x.advance(h))" if isinstance(value, Polar) else "(total,) = yield Sum(part)"
-        raise TypeError(f"Expected the answer to a request but got the request. Yield it: {form}.")

@@ -52,7 +52,7 @@ def fit(monkeypatch: pytest.MonkeyPatch) -> Fit:
     monkeypatch.setattr(pl.Trainer, "fit", record)
 
     def fit(*options: str) -> Any:
-        main(["fit", *options])
+        main(["fit", "--trainer.max_steps=1", *options])  # without a limit a default GPT-2 is refused
         return calls.pop()
 
     return fit

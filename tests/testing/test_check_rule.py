@@ -264,7 +264,10 @@ MISTAKES = [
     (MeanOverTheStack, "not trained beside other matrices of its shape as alone. .* keepdim=True"),
     (CountsOnSelf, r"not trained (beside|that went on from its state dict).*(self|declares)"),
     (KeepsElementsOnSelf, r"fails when it takes steps .*keep nothing on self.*Got self\.last: declare it"),
-    (ForgetsToYield, r"fails when it takes steps .*Yield it: O = yield Polar\(x\.advance\(h\)\)"),
+    (
+        ForgetsToYield,
+        r"fails when it takes steps .*elements as its direction but got a request, not its answer: O = yield Polar\(",
+    ),
     (NormOfItsShard, r"not trained in shards, .*may not mix them .*norms over a dimension"),
     (SumThatWasNotAskedFor, r"fails when it takes steps .*asked for before it is used .* yield Sum\(part\)"),
     (ReducesItsShard, r"fails when it takes steps .*keep the shape of the elements.* yield Sum\(x.square_sum"),
