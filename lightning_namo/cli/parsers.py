@@ -36,7 +36,7 @@ class _Suggesting(ArgumentParser):  # type: ignore[misc, unused-ignore]
         elif found := _SUBCOMMAND.match(message):
             known = [*re.findall(r"\w+", found[2]), *(name.partition(" ")[0] for name in COMMANDS)]
             super().error(f"Expected a command. Got {found[1]}.{nearest(found[1], known)}", ex)
-        elif found := _OURS.search(message):  # of a parser within: a section of a section
+        elif key and (found := _OURS.search(message)):  # of a parser within: a section of a section
             super().error(found[0].replace(" under ", f" under {key}.", 1), ex)
         elif found := next(filter(None, (form.search(message) for form in _OF_CLASS)), None):
             path, option = found["path"], found["option"]

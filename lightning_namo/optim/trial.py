@@ -123,7 +123,7 @@ class _Trial:
                 )
         for key, value in vars(self._owner).items() if self._owner is not None else ():
             if value is not self._before.get(key) and isinstance(value, Elements | Tensor):
-                rows, columns = (1, *value.shape)[-2:] if isinstance(value, Tensor) else (2, 2)
+                rows, columns = (1, 1, *value.shape)[-2:] if isinstance(value, Tensor) else (2, 2)
                 numbers = "column" if columns > 1 else "row" if rows > 1 else "matrix"
                 kind = "element" if min(rows, columns) > 1 else numbers
                 raise ValueError(
