@@ -37,7 +37,6 @@ ROWS = {
     "work": "computation",
 }
 METHODS = ("_send_shards", "_receive_shards", "_send_results", "_receive_results")  # of the exchange, for a bucket
-KINDS = {"cpu_op": "user_annotation"} | dict.fromkeys(("kernel", "gpu_memcpy", "gpu_memset"), "gpu_user_annotation")
 Bar = namedtuple("Bar", "row bucket taken_up begin end")  # times in ms; under way from begin on
 
 
@@ -60,6 +59,11 @@ def gather(own: Any) -> list[Any]:
     return everyone
 
 
+def lane(event: Any) -> tuple[Any, int]:
+    """The thread, or the device and its stream."""
+    return event.device_type(), event.device_resource_id()
+
+
 def read(profiler: profile, device: torch.device) -> list[Bar]:
     """The bars of this rank, in time from the beginning of its step; collective."""
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: (e.start_ns(), -e.end_ns()))
@@ -68,9 +72,8 @@ def read(profiler: profile, device: torch.device) -> list[Bar]:
 
     def bar(event: Any, begin: int, launch: Any, row: str = "") -> Bar:
         """Its bucket, and row, are those that the exchange had last turned to at the launch."""
-        kind, lane, start = KINDS[launch.activity_type()], launch.device_resource_id(), launch.start_ns()
-        alike = [r for r in ranges if r.activity_type() == kind and r.device_resource_id() == lane]
-        name = ([["", None, "sum"]] + [r.name().split() for r in alike if r.start_ns() <= start])[-1]
+        alike = [r for r in ranges if lane(r) == lane(launch) and r.start_ns() <= launch.start_ns()]
+        name = ([["", None, "sum"]] + [r.name().split() for r in alike])[-1]
         times = ((t - step.start_ns()) / 1e6 for t in (event.start_ns(), begin, event.end_ns()))
         return Bar(row or name[2], name[1], *times)
 
@@ -80,8 +83,9 @@ def read(profiler: profile, device: torch.device) -> list[Bar]:
     bars = [bar(e, min(t, e.end_ns()), launch) for e, t, launch in zip(sent, begins, launches, strict=True)]
     last = 0
     for e in events:
-        kind, here = e.activity_type(), e.device_resource_id() == step.device_resource_id()
-        computes = kind == "cpu_op" and here if device == CPU else kind in KINDS and kind != "cpu_op"
+        computes = not e.is_user_annotation() and (
+            lane(e) == lane(step) if device == CPU else e.device_type() != step.device_type()
+        )
         if computes and e.end_ns() > last and not e.name().startswith(("c10d", "nccl")):  # nor a part of the last one
             bars.append(bar(e, e.start_ns(), e, "work"))
             last = e.end_ns()

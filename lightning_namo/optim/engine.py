@@ -36,6 +36,7 @@ from lightning_namo.sharding.layout import Layout, Rectangle
 from lightning_namo.sharding.local import local_tensor, refuse_sparse
 from lightning_namo.sharding.process_group import current_group, gather
 from lightning_namo.sharding.publication import Published
+from lightning_namo.torch_versions import eagerly
 from lightning_namo.workspace import Workspace
 
 Runs = dict[int, list[StackRun]]  # of each bucket, by its number
@@ -113,7 +114,7 @@ class OrthogonalizedOptimizer(StatefulOptimizer):
         vars(h).update({key: absent for key, absent in self.fixed.items() if key not in vars(h)})
         return self.rule(x, h)
 
-    @torch.compiler.disable(reason="lightning_namo's step runs eagerly")  # type: ignore[untyped-decorator, no-untyped-call]
+    @eagerly(reason="lightning_namo's step runs eagerly")
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, without reading the device.

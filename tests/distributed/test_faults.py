@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def test_the_others_end_when_a_rank_is_killed_and_the_last_checkpoint_goes_on(
     assert killed.code == -9
     assert survivor.code == 1
     assert "RuntimeError" in survivor.output
-    assert "remote worker" in survivor.output  # gloo's message; NCCL has a timeout instead, and torchrun ends the rank
+    # gloo's message, up to torch 2.12 and since; NCCL has a timeout instead, and torchrun ends the rank
+    assert re.search("by peer|remote worker", survivor.output)
     assert os.readlink(folder / "saved" / "last.ckpt") == f"step={AT}.ckpt"
     succeed(run_job(folder, *LAST))
     check_losses(folder, uninterrupted, start=AT)
