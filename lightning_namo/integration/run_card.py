@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_namo.optim.engine import OrthogonalizedOptimizer
 
-PACKAGES = ("lightning-namo", "lightning", "torch", "jsonargparse", "numpy")
+PACKAGES = ("lightning-namo", "lightning", "jsonargparse", "numpy")
 
 
 class RunCard(pl.Callback):
@@ -58,6 +58,7 @@ def _card(trainer: pl.Trainer) -> str:
         "host": platform.node(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        "torch": torch.__version__,  # with its build (+cu130), which the package's version may lack
         "processes": f"{trainer.world_size} on {trainer.num_nodes} nodes",
         "device": _device(trainer),
         "strategy": type(trainer.strategy).__name__,

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from functools import partial
 from pathlib import Path
 
@@ -165,6 +166,15 @@ def test_the_routing_page_s_commands_run(command: str, capsys: pytest.CaptureFix
 def test_the_routing_page_counts_the_tables() -> None:
     (count,) = re.findall(r"The tables of (\d+) models", (ROOT / "docs" / "routing.md").read_text("utf-8"))
     assert int(count) == len(list((ROOT / "tests" / "data" / "routes").iterdir()))
+
+
+def test_the_versions_page_and_the_readme_have_the_package_s_bounds_and_what_the_tests_run_with() -> None:
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    oldest = next(d.removeprefix("torch>=") for d in needed if d.startswith("torch>="))
+    (tested,) = re.findall(r"^torch==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert f"torch {oldest} or later" in (ROOT / "README.md").read_text()
+    page = (ROOT / "docs/versions.md").read_text()
+    assert re.search(rf"^\| torch \| {re.escape(oldest)} and later \| .*\b{re.escape(tested)}\b", page, re.MULTILINE)
 
 
 def test_the_messages_of_the_troubleshooting_page_are_those_of_the_package_each_once() -> None:
