@@ -23,7 +23,8 @@ def run_python(
     As `subprocess.run`, it waits for all that write where the program does.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    if sys.platform != "linux" or torch.accelerator.is_available():  # its threads do not survive a fork
+    # A build for accelerators may start autograd's threads, which survive no fork, even where there is none.
+    if sys.platform != "linux" or torch.accelerator.current_accelerator() is not None:
         command = [sys.executable, *arguments]
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
     out, err = os.pipe(), os.pipe()
